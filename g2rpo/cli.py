@@ -1,0 +1,189 @@
+"""The command line: `g2rpo train PRESET|FILE.yaml [--group.key value ...]`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+    from .config import Config
+
+PRESETS = Path(__file__).parent / "presets"
+USAGE = """\
+usage: g2rpo COMMAND ...
+
+commands:
+  train PRESET|FILE.yaml [--group.key value ...]   fine-tune a flow model with Granular-GRPO
+  train --resume RUN_DIR                           go on with a run
+
+`g2rpo train digits` needs nothing but itself and a few minutes.
+`g2rpo train --help` documents every key."""
+
+# What may differ when a run goes on: everything else would make it another run.
+RESUMABLE = (
+    "train.updates", "train.save_every", "train.keep_last", "train.evaluate_every", "model.device",
+)  # fmt: skip
+
+
+class UsageError(Exception):
+    """A mistake in the command line; the message is all the user needs."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"g2rpo {__version__}")
+        return 0
+    if arguments[0] != "train":
+        print(f"g2rpo: error: unknown command {arguments[0]!r}; expected train", file=sys.stderr)
+        return 2
+    try:
+        return train(arguments[1:])
+    except UsageError as error:
+        print(f"g2rpo train: error: {error}", file=sys.stderr)
+        return 2
+
+
+def train(arguments: list[str]) -> int:
+    """The train command. Seconds of imports come after the arguments have been looked at."""
+    parser = make_parser()
+    preset = None
+    if arguments and not arguments[0].startswith("-"):
+        preset, arguments = arguments[0], arguments[1:]
+    options, overrides = _take_options(arguments)
+    if options["--resume"] is not None:
+        if preset is not None or options["--overwrite"] is not None:
+            raise UsageError("--resume RUN_DIR goes on with that run; expected no preset and no "
+                             "--overwrite beside it")  # fmt: skip
+        run_dir = Path(options["--resume"])
+        config = resumed_config(parser, run_dir, overrides)
+    elif preset is None and not {"-h", "--help"} & set(overrides):
+        raise UsageError(f"no preset given; expected one of {preset_names()} or a YAML file")
+    else:
+        file = ["--config", str(find_preset(preset))] if preset is not None else []
+        config = parse_config(parser, [*file, *overrides])
+        name = f"{Path(preset or '').stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = Path(config.train.output or Path("runs") / name)
+        config.train.output = str(run_dir)
+    _validate(config)
+    from . import run  # torch, diffusers and matplotlib: seconds
+
+    try:
+        if options["--resume"] is not None:
+            return run.resume(config, run_dir)
+        return run.start(config, run_dir, overwrite=options["--overwrite"] is not None)
+    except run.ConfigurationError as error:
+        raise UsageError(str(error)) from error
+
+
+def make_parser() -> ArgumentParser:
+    """Every key of `Config` as --group.key, its docstring as help."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    from .config import Config
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="g2rpo train",
+        allow_abbrev=False,
+        usage="g2rpo train PRESET|FILE.yaml [--group.key value ...] [--overwrite]\n"
+        "       g2rpo train --resume RUN_DIR [--group.key value ...]",
+        description="Fine-tune a flow model with Granular-GRPO. "
+        f"Presets: {', '.join(preset_names())}. Lists are given as '[1,2]'. "
+        "--overwrite replaces a run that train.output holds. --resume goes on with a run; then "
+        f"only these keys may be given: {', '.join(RESUMABLE)}.",
+    )
+    parser.add_argument("--config", action="config", help="One more YAML file of overrides.")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def preset_names() -> list[str]:
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def find_preset(name: str) -> Path:
+    """A preset's name, or the path of a YAML file -> an existing file."""
+    builtin, file = PRESETS / f"{name}.yaml", Path(name)
+    if builtin.is_file():
+        return builtin
+    if file.is_file():
+        return file
+    raise UsageError(f"{name!r} is neither a preset, one of {preset_names()}, nor a YAML file")
+
+
+def parse_config(parser: ArgumentParser, arguments: Sequence[str]) -> Config:
+    """Arguments -> Config. Unknown keys and wrong types exit with a message that names them."""
+    from .config import Config
+
+    values = parser.instantiate(parser.parse_args(list(arguments)))
+    return Config(**{f.name: values[f.name] for f in fields(Config)})
+
+
+def resumed_config(parser: ArgumentParser, run_dir: Path, overrides: Sequence[str]) -> Config:
+    """The configuration of the run in run_dir, with overrides of `RESUMABLE` keys alone."""
+    file = run_dir / "config.yaml"
+    if not file.is_file():
+        raise UsageError(f"--resume is {str(run_dir)!r}; expected the directory of a run "
+                         "(there is no config.yaml in it)")  # fmt: skip
+    before = parse_config(parser, ["--config", str(file)])
+    after = parse_config(parser, ["--config", str(file), *overrides])
+    for key, (old, new) in _differences(before, after).items():
+        if key not in RESUMABLE:
+            raise UsageError(f"{key} is {new!r}, but {run_dir} was started with {old!r}; expected "
+                             f"only these to change: {', '.join(RESUMABLE)}")  # fmt: skip
+    after.train.output = str(run_dir)
+    return after
+
+
+def _differences(a: object, b: object, prefix: str = "") -> dict[str, tuple[object, object]]:
+    found: dict[str, tuple[object, object]] = {}
+    for f in fields(a):  # type: ignore[arg-type]
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if is_dataclass(x):
+            found |= _differences(x, y, f"{prefix}{f.name}.")
+        elif x != y:
+            found[prefix + f.name] = x, y
+    return found
+
+
+def _take_options(arguments: list[str]) -> tuple[dict[str, str | None], list[str]]:
+    """Split --resume RUN_DIR and --overwrite, which are not keys of the run, from the overrides."""
+    options: dict[str, str | None] = {"--resume": None, "--overwrite": None}
+    rest, remaining = [], iter(arguments)
+    for argument in remaining:
+        name, equals, value = argument.partition("=")
+        if argument == "--overwrite":
+            options["--overwrite"] = "yes"
+        elif name == "--resume":
+            value = value if equals else next(remaining, "")
+            if not value:
+                raise UsageError("--resume has no value; expected the directory of a run")
+            options["--resume"] = value
+        else:
+            rest.append(argument)
+    return options, rest
+
+
+def _validate(config: Config) -> None:
+    from .config import ConfigurationError
+
+    try:
+        config.validate()
+    except ConfigurationError as error:
+        raise UsageError(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Scoring: decoded images past the reward functions, and the fixed evaluation of a policy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import g2rpo_kernels as gk
+
+from .policy import Model
+from .rewards import Reward, score
+from .rollout import run_ode
+from .seeds import evaluation_seeds
+
+
+def row_slices(rows: int, size: int) -> list[slice]:
+    """[0, rows) in slices of at most `size`."""
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
+
+def mean_and_std(values: Tensor) -> tuple[float, float]:
+    """Over the finite ones, since a failed score is NaN; NaN when there are none (std: fewer than 2)."""
+    values = values[values.isfinite()]
+    return float(values.mean()), float(values.std())
+
+
+def score_latents(
+    model: Model,
+    latents: Tensor,  # [M, *S]
+    prompts: Sequence[str],  # M
+    rewards: Sequence[Reward],  # R
+    batch_size: int,
+) -> Tensor:  # float64 [R, M]
+    """Decode and score, batch_size images at a time, so that all images never exist at once."""
+    scores: list[list[Tensor]] = [[] for _ in rewards]
+    for rows in row_slices(len(latents), batch_size):
+        images = model.decode(latents[rows])
+        for values, reward in zip(scores, rewards, strict=True):
+            values.append(score(reward, images, prompts[rows]))
+    return torch.stack([torch.cat(values) for values in scores])
+
+
+@torch.no_grad()
+def evaluate_policy(
+    model: Model,
+    prompts: Sequence[str],  # M, one an image
+    rewards: Sequence[Reward],
+    sigmas: Tensor,  # float32 [T + 1]
+    batch_size: int,
+) -> tuple[dict[str, float], Tensor]:
+    """Deterministic samples of these prompts from fixed noises, scored by every reward and judge.
+
+    Returns metrics keys (reward/<name>/mean and /std, heldout/... for held-out ones) and the images
+    [M, 3 or 1, H, W]. The noises are the same in every run and for every policy.
+    """
+    policy = model.policy
+    noise = gk.normal(evaluation_seeds(len(prompts)).to(policy.device), model.latent_shape)
+    images = []
+    for rows in row_slices(len(prompts), batch_size):
+        *_, (_, _, _, latents) = run_ode(policy, noise[rows], model.embed(prompts[rows]), sigmas)
+        images.append(model.decode(latents))
+    row = {}
+    for reward in rewards:
+        values = torch.cat(
+            [
+                score(reward, batch, prompts[rows])
+                for batch, rows in zip(images, row_slices(len(prompts), batch_size), strict=True)
+            ]
+        )
+        kind = "heldout" if reward.heldout else "reward"
+        mean, std = mean_and_std(values)
+        row[f"{kind}/{reward.name}/mean"], row[f"{kind}/{reward.name}/std"] = mean, std
+    return row, torch.cat(images)

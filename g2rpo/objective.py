@@ -1,0 +1,89 @@
+"""The objective: rewards of the finished branches -> advantages -> one clipped policy loss a position."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import g2rpo_kernels as gk
+
+
+@dataclass(frozen=True)
+class Advantages:
+    """Advantages of one update and what there is to say of them."""
+
+    values: Tensor  # [B, K, G], ready for `policy_loss` rows (prompt, position)
+    std: float  # over all of them
+    zero_spread_groups: int  # groups whose rewards are all equal: advantage exactly 0
+    failed_groups: int  # groups with a NaN or infinite reward: advantage 0
+    groups: int  # all groups that count (reward models of weight > 0)
+
+
+def integrate_advantages(
+    rewards: Tensor,  # [R, J, B * G, K]
+    group_size: int,
+    weights: Sequence[float],  # R numbers
+) -> Advantages:
+    """Multi-granularity, multi-reward advantages, with the special groups counted.
+
+    Reward models of weight 0 are only reported: they neither count nor fail.
+    Raises RuntimeError when every group has failed, since there is nothing left to learn from.
+    """
+    samples, positions = rewards.shape[2:]
+    trained = rewards[[weight > 0 for weight in weights]].double()
+    grouped = trained.view(*trained.shape[:2], -1, group_size, positions)
+    failed = ~grouped.isfinite().all(3)
+    equal = (grouped.amax(3) == grouped.amin(3)) & ~failed
+    if bool(failed.all()):
+        raise RuntimeError(
+            f"every reward group failed: all {failed.numel()} groups hold a NaN or infinite "
+            "reward, so no advantage can be formed; check the reward functions"
+        )
+    advantages = gk.group_advantages(rewards, group_size, weights=list(weights))  # [N, K]
+    values = advantages.view(samples // group_size, group_size, positions).transpose(1, 2)
+    return Advantages(
+        values=values.float().contiguous(),
+        std=float(values.std()),
+        zero_spread_groups=int(equal.sum()),
+        failed_groups=int(failed.sum()),
+        groups=failed.numel(),
+    )
+
+
+@dataclass
+class LossStatistics:
+    """Running means over the policy losses of one update."""
+
+    calls: int = 0
+    loss: float = 0.0
+    ratio_mean: float = 0.0
+    ratio_max: float = 0.0
+    clip_fraction: float = 0.0
+    approx_kl: float = 0.0
+
+    def add(self, out: gk.PolicyLoss) -> None:
+        ratio_mean, ratio_max, clip_fraction, approx_kl, _ = out.statistics.tolist()
+        previous = self.calls
+        self.calls += 1
+        for name, value in (
+            ("loss", float(out.loss.detach())),
+            ("ratio_mean", ratio_mean),
+            ("clip_fraction", clip_fraction),
+            ("approx_kl", approx_kl),
+        ):
+            setattr(self, name, (getattr(self, name) * previous + value) / self.calls)
+        self.ratio_max = max(self.ratio_max, ratio_max)
+
+    def row(self) -> dict[str, float]:
+        """The metrics row's keys."""
+        return {
+            "loss": self.loss,
+            "ratio_mean": self.ratio_mean,
+            "ratio_max": self.ratio_max,
+            "clip_fraction": self.clip_fraction,
+            "approx_kl": self.approx_kl,
+        }
+

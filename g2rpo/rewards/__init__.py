@@ -1,0 +1,74 @@
+"""Rewards: any callable `reward(images, prompts) -> [N]`, given by its import path.
+
+    images: [N, 3 or 1, H, W] float in [0, 1], on the device of the policy
+    prompts: list of N strings
+    returns: [N] numbers, higher is better; NaN for an image that could not be scored
+
+A NaN makes that image's group contribute nothing, and is counted; it is never scored as 0.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigurationError
+
+RewardFunction = Callable[[Tensor, list[str]], Tensor]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A reward function with its place in the run."""
+
+    name: str  # short, as in the metrics' keys
+    function: RewardFunction
+    weight: float = 1.0  # in the advantages; 0: only reported
+    heldout: bool = False  # scored at evaluations, never trained on
+
+
+def import_reward(path: str) -> RewardFunction:
+    """"package.module:function" -> the callable. Errors name the path and what is missing."""
+    module_name, colon, attribute = path.partition(":")
+    if not colon or not module_name or not attribute:
+        raise ConfigurationError(f"reward is {path!r}; expected 'package.module:function'")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise  # the module is there and misses something else
+        raise ConfigurationError(
+            f"reward is {path!r}; expected an importable module, but there is no {error.name!r} "
+            "on sys.path"
+        ) from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ConfigurationError(
+            f"reward is {path!r}; expected a callable {attribute!r} in {module_name}, found "
+            f"{'nothing' if function is None else type(function).__name__}"
+        )
+    return function
+
+
+def reward_name(path: str, all_paths: Sequence[str]) -> str:
+    """The short name of a reward: its function's, or the whole path where two would be alike."""
+    short = path.rpartition(":")[2]
+    alike = sum(other.rpartition(":")[2] == short for other in all_paths)
+    return short if alike == 1 else path.replace(":", ".")
+
+
+def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Call a reward and hold it to its contract. Returns float64 [N] on the images' device."""
+    with torch.no_grad():
+        values = reward.function(images, list(prompts))
+    values = torch.as_tensor(values, device=images.device)
+    if values.shape != (len(images),):
+        raise ValueError(
+            f"reward {reward.name!r} returned shape {tuple(values.shape)}; expected "
+            f"({len(images)},), one number an image"
+        )
+    return values.double()
