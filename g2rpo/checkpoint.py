@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from .errors import TrainingError
+
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 STATE = "training_state.pt"
 MANIFEST = "manifest.json"
@@ -81,6 +83,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole, on the CPU; None if there is none to load.
 
     A truncated or unreadable one is passed over for the one before, and named in `skipped`.
+    Raises TrainingError when there are checkpoints and none is whole.
     """
     skipped = []
     for path in reversed(list_checkpoints(folder)):
@@ -97,7 +100,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             continue
         return Checkpoint(manifest["update"], weights, state, tuple(skipped))
     if skipped:
-        raise RuntimeError(
+        raise TrainingError(
             f"no checkpoint under {folder} can be loaded: " + "; ".join(skipped)
         )
     return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import __version__
+from .errors import ConfigurationError, TrainingError
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -33,10 +34,6 @@ RESUMABLE = (
 )  # fmt: skip
 
 
-class UsageError(Exception):
-    """A mistake in the command line; the message is all the user needs."""
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -50,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return train(arguments[1:])
-    except UsageError as error:
+    except (ConfigurationError, TrainingError) as error:
         print(f"g2rpo train: error: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigurationError) else 1
 
 
 def train(arguments: list[str]) -> int:
@@ -64,27 +61,25 @@ def train(arguments: list[str]) -> int:
     options, overrides = _take_options(arguments)
     if options["--resume"] is not None:
         if preset is not None or options["--overwrite"] is not None:
-            raise UsageError("--resume RUN_DIR goes on with that run; expected no preset and no "
-                             "--overwrite beside it")  # fmt: skip
+            raise ConfigurationError(
+                "--resume goes on with a run as it is; expected no preset and no --overwrite with it"
+            )
         run_dir = Path(options["--resume"])
         config = resumed_config(parser, run_dir, overrides)
     elif preset is None and not {"-h", "--help"} & set(overrides):
-        raise UsageError(f"no preset given; expected one of {preset_names()} or a YAML file")
+        raise ConfigurationError(f"no preset given; expected one of {preset_names()} or a YAML file")
     else:
         file = ["--config", str(find_preset(preset))] if preset is not None else []
         config = parse_config(parser, [*file, *overrides])
         name = f"{Path(preset or '').stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         run_dir = Path(config.train.output or Path("runs") / name)
         config.train.output = str(run_dir)
-    _validate(config)
+    config.validate()
     from . import run  # torch, diffusers and matplotlib: seconds
 
-    try:
-        if options["--resume"] is not None:
-            return run.resume(config, run_dir)
-        return run.start(config, run_dir, overwrite=options["--overwrite"] is not None)
-    except run.ConfigurationError as error:
-        raise UsageError(str(error)) from error
+    if options["--resume"] is not None:
+        return run.resume(config, run_dir)
+    return run.start(config, run_dir, overwrite=options["--overwrite"] is not None)
 
 
 def make_parser() -> ArgumentParser:
@@ -120,7 +115,7 @@ def find_preset(name: str) -> Path:
         return builtin
     if file.is_file():
         return file
-    raise UsageError(f"{name!r} is neither a preset, one of {preset_names()}, nor a YAML file")
+    raise ConfigurationError(f"{name!r} is neither a preset, one of {preset_names()}, nor a YAML file")
 
 
 def parse_config(parser: ArgumentParser, arguments: Sequence[str]) -> Config:
@@ -135,14 +130,18 @@ def resumed_config(parser: ArgumentParser, run_dir: Path, overrides: Sequence[st
     """The configuration of the run in run_dir, with overrides of `RESUMABLE` keys alone."""
     file = run_dir / "config.yaml"
     if not file.is_file():
-        raise UsageError(f"--resume is {str(run_dir)!r}; expected the directory of a run "
-                         "(there is no config.yaml in it)")  # fmt: skip
+        raise ConfigurationError(
+            f"--resume is {str(run_dir)!r}; expected the directory of a run "
+            "(there is no config.yaml in it)"
+        )
     before = parse_config(parser, ["--config", str(file)])
     after = parse_config(parser, ["--config", str(file), *overrides])
     for key, (old, new) in _differences(before, after).items():
         if key not in RESUMABLE:
-            raise UsageError(f"{key} is {new!r}, but {run_dir} was started with {old!r}; expected "
-                             f"only these to change: {', '.join(RESUMABLE)}")  # fmt: skip
+            raise ConfigurationError(
+                f"{key} is {new!r}, but {run_dir} was started with {old!r}; expected only these to "
+                f"change: {', '.join(RESUMABLE)}"
+            )
     after.train.output = str(run_dir)
     return after
 
@@ -169,20 +168,11 @@ def _take_options(arguments: list[str]) -> tuple[dict[str, str | None], list[str
         elif name == "--resume":
             value = value if equals else next(remaining, "")
             if not value:
-                raise UsageError("--resume has no value; expected the directory of a run")
+                raise ConfigurationError("--resume has no value; expected the directory of a run")
             options["--resume"] = value
         else:
             rest.append(argument)
     return options, rest
-
-
-def _validate(config: Config) -> None:
-    from .config import ConfigurationError
-
-    try:
-        config.validate()
-    except ConfigurationError as error:
-        raise UsageError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -12,11 +12,8 @@ from typing import Literal
 
 import g2rpo_kernels as gk
 
+from .errors import ConfigurationError
 from .schedule import noise_schedule
-
-
-class ConfigurationError(ValueError):
-    """A key has a value it cannot have; the message names both and what was expected."""
 
 
 def _expect(name: str, value: object, ok: bool, expected: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .config import ConfigurationError
+from .errors import ConfigurationError
 from .seeds import permutation
 
 

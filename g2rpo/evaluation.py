@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -21,9 +22,9 @@ def row_slices(rows: int, size: int) -> list[slice]:
 
 
 def mean_and_std(values: Tensor) -> tuple[float, float]:
-    """Over the finite ones, since a failed score is NaN; NaN when there are none (std: fewer than 2)."""
+    """Over the finite ones, since a failed score is NaN. NaN without any (std: without two)."""
     values = values[values.isfinite()]
-    return float(values.mean()), float(values.std())
+    return float(values.mean()), float(values.std()) if len(values) > 1 else math.nan
 
 
 def score_latents(

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from . import digits
-from .config import Config, ConfigurationError
+from .config import Config
 from .data import read_prompts
+from .errors import ConfigurationError
 from .policy import Conditions, FluxPolicy, Model
 
 

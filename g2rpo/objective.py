@@ -10,6 +10,8 @@ from torch import Tensor
 
 import g2rpo_kernels as gk
 
+from .errors import TrainingError
+
 
 @dataclass(frozen=True)
 class Advantages:
@@ -30,7 +32,7 @@ def integrate_advantages(
     """Multi-granularity, multi-reward advantages, with the special groups counted.
 
     Reward models of weight 0 are only reported: they neither count nor fail.
-    Raises RuntimeError when every group has failed, since there is nothing left to learn from.
+    Raises TrainingError when every group has failed, since there is nothing left to learn from.
     """
     samples, positions = rewards.shape[2:]
     trained = rewards[[weight > 0 for weight in weights]].double()
@@ -38,7 +40,7 @@ def integrate_advantages(
     failed = ~grouped.isfinite().all(3)
     equal = (grouped.amax(3) == grouped.amin(3)) & ~failed
     if bool(failed.all()):
-        raise RuntimeError(
+        raise TrainingError(
             f"every reward group failed: all {failed.numel()} groups hold a NaN or infinite "
             "reward, so no advantage can be formed; check the reward functions"
         )

@@ -13,6 +13,7 @@ nothing had happened: weights, optimizer and draws are bit for bit those of an u
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import threading
@@ -21,11 +22,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import yaml
 
-from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from .config import Config, ConfigurationError
+from .checkpoint import load_checkpoint, save_checkpoint
+from .config import Config
+from .errors import ConfigurationError
 from .models import load_model
 from .report import sample_path, write_grid, write_report
 from .rewards import Reward, import_reward, reward_name
@@ -50,7 +53,7 @@ class StopRequest:
         return 128 + self.signal if self.signal is not None else 0
 
     @contextmanager
-    def listening(self, display: Display) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield  # Python hands signals to the main thread only
             return
@@ -59,8 +62,8 @@ class StopRequest:
             if self:
                 raise KeyboardInterrupt
             self.signal = number
-            name = signal.Signals(number).name
-            display.message(f"{name}: stopping with a checkpoint; once more to stop at once")
+            # Not through print or rich: this may have interrupted one of them midway.
+            os.write(2, b"\nStopping with a checkpoint; once more to stop at once.\n")
 
         before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -92,13 +95,13 @@ def start(config: Config, run_dir: Path, *, overwrite: bool = False) -> int:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_config(config, run_dir)
-    return _train(config, run_dir)
+    return _Run(config, run_dir).train()
 
 
 def resume(config: Config, run_dir: Path) -> int:
     """Go on with the run in `run_dir`; config is its own, with what may change changed."""
     write_config(config, run_dir)
-    return _train(config, run_dir)
+    return _Run(config, run_dir).train()
 
 
 def write_config(config: Config, run_dir: Path) -> None:
@@ -117,88 +120,96 @@ def make_rewards(config: Config) -> list[Reward]:
     ]
 
 
-def _train(config: Config, run_dir: Path) -> int:
-    rewards = make_rewards(config)  # before the model: a mistyped name should not cost its loading
-    stop, log = StopRequest(), MetricsLog(run_dir / "metrics.jsonl")
-    model = load_model(config, on_step=_announce_pretraining)
-    trainer = Trainer(config, model, rewards, should_stop=lambda: bool(stop))
-    display = Display(config.train.updates, trainer.evaluations_per_update)
-    trainer.on_phase, trainer.on_evaluations = display.phase, display.advance
-    with display, stop.listening(display):
-        _restore(trainer, run_dir, log, display)
-        try:
-            _loop(trainer, run_dir, log, display, stop)
-        except Interrupted:
-            pass  # the update in progress is left out; what is complete is saved below
-        except Exception:
-            _save(trainer, run_dir)  # an update that raised has changed nothing: lose nothing
-            raise
-        _save(trainer, run_dir)
-    rows = log.rows() if log.path.exists() else []
-    if rows:
-        write_report(run_dir)
-        print(closing_line(rows, run_dir))
-    if stop:
-        print(f"Stopped after update {trainer.updates}. Go on with: g2rpo train --resume {run_dir}")
-    return stop.exit_code
+class _Run:
+    """One process's share of a run: the trainer, its directory, and the person watching."""
 
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        rewards = make_rewards(config)  # first: a mistyped name should not cost loading the model
+        self.run_dir, self.log = run_dir, MetricsLog(run_dir / "metrics.jsonl")
+        self.stop = StopRequest()
+        model = load_model(config, on_step=_announce_pretraining)
+        self.trainer = Trainer(config, model, rewards, should_stop=lambda: bool(self.stop))
+        self.display = Display(config.train.updates, self.trainer.evaluations_per_update)
+        self.trainer.on_phase = self.display.phase
+        self.trainer.on_evaluations = self.display.advance
+        self.saved = 0  # update of the newest checkpoint that can be trusted
 
-def _restore(trainer: Trainer, run_dir: Path, log: MetricsLog, display: Display) -> None:
-    """Load the newest whole checkpoint, if the run has one, and drop rows that came after it."""
-    checkpoint = load_checkpoint(run_dir / "checkpoints")
-    if checkpoint is None:
-        if log.path.exists():
-            display.message(f"{run_dir} has no checkpoint yet: starting from the beginning")
-            log.path.unlink()
-        return
-    for skipped in checkpoint.skipped:
-        display.message(f"Checkpoint passed over, the one before it is used: {skipped}")
-    trainer.load_state_dict(checkpoint.state, checkpoint.weights)
-    log.truncate(checkpoint.update)
-    display.resume(log.rows())
-    display.message(f"Resuming after update {checkpoint.update}")
+    def train(self) -> int:
+        with self.display, self.stop.listening():
+            self._restore()
+            try:
+                self._loop()
+            except Interrupted:
+                pass  # the update in progress is left out
+            finally:
+                self._save()  # whatever ended the loop: what is complete is kept
+        self._conclude()
+        return self.stop.exit_code
 
+    def _restore(self) -> None:
+        """Load the newest whole checkpoint, if there is one, and drop the rows that came after."""
+        checkpoint = load_checkpoint(self.run_dir / "checkpoints")
+        if checkpoint is None:
+            if self.log.path.exists():
+                self.display.message(
+                    f"{self.run_dir} has no checkpoint yet: starting from the beginning"
+                )
+                self.log.path.unlink()
+            return
+        for skipped in checkpoint.skipped:
+            self.display.message(f"Checkpoint passed over, the one before it is used: {skipped}")
+        self.trainer.load_state_dict(checkpoint.state, checkpoint.weights)
+        self.saved = checkpoint.update
+        self.log.truncate(checkpoint.update)
+        self.display.resume(self.log.rows())
+        self.display.message(f"Resuming after update {checkpoint.update}")
 
-def _loop(
-    trainer: Trainer, run_dir: Path, log: MetricsLog, display: Display, stop: StopRequest
-) -> None:
-    train = trainer.config.train
-    if trainer.updates == 0 and not log.path.exists():
-        row = {"update": 0, "seconds": 0.0, "evaluations": 0, **_evaluate(trainer, run_dir)}
-        log.append(row)
-        display.row(row)
-    while trainer.updates < train.updates and not stop:
-        row = trainer.update()
-        number = trainer.updates
-        if number % train.evaluate_every == 0 or number == train.updates:
-            row |= _evaluate(trainer, run_dir)
-        log.append(row)
-        display.row(row)
-        if number % train.save_every == 0:
-            _save(trainer, run_dir)
+    def _loop(self) -> None:
+        trainer, train = self.trainer, self.trainer.config.train
+        if trainer.updates == 0:
+            self._record({"update": 0, "seconds": 0.0, "evaluations": 0, **self._evaluate()})
+        while trainer.updates < train.updates and not self.stop:
+            row = trainer.update()
+            number = trainer.updates
+            if number % train.evaluate_every == 0 or number == train.updates:
+                row |= self._evaluate()
+            self._record(row)
+            if number % train.save_every == 0:
+                self._save()
 
+    def _record(self, row: dict[str, Any]) -> None:
+        self.log.append(row)
+        self.display.row(row)
 
-def _evaluate(trainer: Trainer, run_dir: Path) -> dict[str, float]:
-    row, images, prompts = trainer.evaluate()
-    (run_dir / "samples").mkdir(exist_ok=True)
-    shown = slice(0, GRID_IMAGES)
-    write_grid(images[shown], prompts[shown], sample_path(run_dir / "samples", trainer.updates))
-    return row
+    def _evaluate(self) -> dict[str, Any]:
+        row, images, prompts = self.trainer.evaluate()
+        samples, shown = self.run_dir / "samples", slice(0, GRID_IMAGES)
+        samples.mkdir(exist_ok=True)
+        write_grid(images[shown], prompts[shown], sample_path(samples, self.trainer.updates))
+        return row
 
+    def _save(self) -> None:
+        """A checkpoint of the last complete update, unless there is one or weights are past it."""
+        if self.trainer.updates == self.saved or self.trainer.midway:
+            return
+        save_checkpoint(
+            self.run_dir / "checkpoints",
+            self.trainer.updates,
+            self.trainer.policy.transformer,
+            self.trainer.state_dict(),
+            self.trainer.config.train.keep_last,
+        )
+        self.saved = self.trainer.updates
 
-def _save(trainer: Trainer, run_dir: Path) -> None:
-    """A checkpoint of the last complete update, unless it is there already."""
-    folder = run_dir / "checkpoints"
-    saved = list_checkpoints(folder)
-    if trainer.updates == 0 or (saved and saved[-1].name == f"step-{trainer.updates:06d}"):
-        return
-    save_checkpoint(
-        folder,
-        trainer.updates,
-        trainer.policy.transformer,
-        trainer.state_dict(),
-        trainer.config.train.keep_last,
-    )
+    def _conclude(self) -> None:
+        if self.log.path.exists():
+            write_report(self.run_dir)
+            print(closing_line(self.log.rows(), self.run_dir))
+        if self.stop:
+            print(
+                f"Stopped after update {self.trainer.updates}. "
+                f"Go on with: g2rpo train --resume {self.run_dir}"
+            )
 
 
 def _announce_pretraining(step: int, steps: int, loss: float) -> None:

@@ -92,6 +92,7 @@ class Trainer:
         )
         self.updates = self.evaluations = self.skipped_updates = 0
         self.seconds = 0.0
+        self.midway = False  # a step was taken in an update that is not complete
         self._phases: dict[str, float] = {}
 
     @property
@@ -106,7 +107,7 @@ class Trainer:
     def update(self) -> dict[str, Any]:
         """One update of the policy. Returns its metrics row.
 
-        Raises Interrupted when asked to stop, RuntimeError when every reward failed; either way
+        Raises Interrupted when asked to stop, TrainingError when every reward failed; either way
         weights and optimizer are untouched.
         """
         started, self._phases = time.perf_counter(), {}
@@ -126,7 +127,7 @@ class Trainer:
                 )
         with self._phase("update"):
             statistics, norm = self._improve(chunks, conditions, advantages.values)
-        self.updates = number
+        self.updates, self.midway = number, False
         self.evaluations += self.evaluations_per_update
         self.seconds += time.perf_counter() - started
         return {
@@ -280,6 +281,7 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(
                 self.parameters, self.config.optimizer.max_grad_norm, norm
             )
+            self.midway = True
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return value

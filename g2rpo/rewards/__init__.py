@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import ConfigurationError
+from ..errors import ConfigurationError
 
 RewardFunction = Callable[[Tensor, list[str]], Tensor]
 
