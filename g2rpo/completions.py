@@ -145,7 +145,7 @@ def complete(
     pool[: plan.branches] = latents.reshape(plan.branches, *shape)
     for batch in plan.batches:
         rows = pool[batch.slots]
-        velocity = policy.velocity(rows, batch.sigmas, conditions[batch.prompts])
+        velocity = policy.predict(rows, batch.sigmas, conditions[batch.prompts])
         pool[batch.step_slots] = gk.ode_step(
             velocity[batch.step_rows], rows[batch.step_rows],
             batch.step_sigmas, batch.step_sigmas_next,

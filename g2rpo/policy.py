@@ -3,7 +3,8 @@
     velocity = policy.velocity(latents, sigma, conditions)
 
 Latents are packed tokens [B, L, C], sigma has a value per row, the output is the velocity
-noise - x0 at that sigma. The anchor, the completions and the update all come through here.
+noise - x0 at that sigma. The update calls `velocity`; the anchor, the completions and evaluations
+`predict`, which is the same forward without gradients.
 """
 
 from __future__ import annotations
@@ -33,6 +34,27 @@ class Conditions:
         return Conditions(self.prompt_embeds.to(device), self.pooled_embeds.to(device))
 
 
+class RotaryTable(nn.Module):
+    """diffusers' position embedding, computed once for the ids it is asked for again and again.
+
+    diffusers computes it anew in float64 for every forward: a tenth of the time of a small batch on
+    a CPU, nothing that shows on a GPU, where comparing the ids would cost a synchronisation.
+    """
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.last: tuple[Tensor, object] | None = None
+
+    def forward(self, ids: Tensor) -> object:
+        if ids.device.type != "cpu":
+            return self.embedding(ids)
+        if self.last is None or not torch.equal(self.last[0], ids):
+            with torch.inference_mode(False), torch.no_grad():
+                self.last = ids.clone(), self.embedding(ids.clone())
+        return self.last[1]
+
+
 class FluxPolicy:
     """A `FluxTransformer2DModel` of any size, with the position ids of one image size.
 
@@ -43,6 +65,8 @@ class FluxPolicy:
 
     def __init__(self, transformer: nn.Module, image_ids: Tensor, guidance: float = 3.5) -> None:
         self.transformer = transformer
+        if not isinstance(transformer.pos_embed, RotaryTable):
+            transformer.pos_embed = RotaryTable(transformer.pos_embed)
         self.image_ids = image_ids
         self.guidance = guidance if transformer.config.guidance_embeds else None
 
@@ -75,6 +99,16 @@ class FluxPolicy:
             img_ids=self.image_ids,
             return_dict=False,
         )[0]
+
+    def predict(self, latents: Tensor, sigma: Tensor, conditions: Conditions) -> Tensor:
+        """`velocity` for rollouts: no gradient, the same bits, without autograd's bookkeeping.
+
+        inference_mode spares a small model 4 to 15 % of its time over no_grad. The clone is an
+        ordinary tensor again, which the update may save for its backward.
+        """
+        with torch.inference_mode():
+            velocity = self.velocity(latents, sigma, conditions)
+        return velocity.clone()
 
 
 class Model(Protocol):

@@ -27,7 +27,7 @@ def run_ode(
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Deterministic sampling. Yields (i, x_i, v_i, x_{i+1}) for each of the T steps."""
     for i in range(len(sigmas) - 1):
-        velocity = policy.velocity(latents, sigmas[i].expand(len(latents)), conditions)
+        velocity = policy.predict(latents, sigmas[i].expand(len(latents)), conditions)
         following = gk.ode_step(velocity, latents, sigmas[i : i + 1], sigmas[i + 1 : i + 2])
         yield i, latents, velocity, following
         latents = following

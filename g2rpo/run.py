@@ -13,7 +13,6 @@ nothing had happened: weights, optimizer and draws are bit for bit those of an u
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import threading
@@ -29,10 +28,12 @@ import yaml
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import Config
 from .errors import ConfigurationError
+from .grids import sample_path, write_grid
+from .metrics import MetricsLog, closing_line
 from .models import load_model
-from .report import sample_path, write_grid, write_report
+from .report import write_report
 from .rewards import Reward, import_reward, reward_name
-from .tracking import Display, MetricsLog, closing_line
+from .tracking import Display
 from .trainer import Interrupted, Trainer
 
 CONTENTS = ("config.yaml", "metrics.jsonl", "curves.png", "report.html", "samples", "checkpoints")
@@ -53,7 +54,7 @@ class StopRequest:
         return 128 + self.signal if self.signal is not None else 0
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self, display: Display) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield  # Python hands signals to the main thread only
             return
@@ -62,8 +63,7 @@ class StopRequest:
             if self:
                 raise KeyboardInterrupt
             self.signal = number
-            # Not through print or rich: this may have interrupted one of them midway.
-            os.write(2, b"\nStopping with a checkpoint; once more to stop at once.\n")
+            display.message("Stopping with a checkpoint; once more to stop at once.")
 
         before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -135,7 +135,7 @@ class _Run:
         self.saved = 0  # update of the newest checkpoint that can be trusted
 
     def train(self) -> int:
-        with self.display, self.stop.listening():
+        with self.display, self.stop.listening(self.display):
             self._restore()
             try:
                 self._loop()

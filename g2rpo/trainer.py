@@ -116,10 +116,7 @@ class Trainer:
         prompts = [self.sampler.prompts[i] for i in prompt_ids]
         conditions = self.model.embed(prompts)
         with torch.no_grad():
-            chunks = self._roll_out(number, prompt_ids, conditions)
-            with self._phase("completions"):
-                x_next = torch.cat([chunk.x_next for chunk in chunks])
-                finished = complete(self.policy, self.plan, x_next, conditions, self._progress)
+            chunks, finished = self.roll_out(number, prompt_ids, conditions)
             with self._phase("rewards"):
                 rewards, reward_row = self._score(finished, chunks, prompts)
                 advantages = integrate_advantages(
@@ -184,10 +181,11 @@ class Trainer:
         """The rows of each forward of the anchor, and so of the update: at most branch_batch."""
         return row_slices(rows, self.config.rollout.branch_batch)
 
-    def _roll_out(
+    @torch.no_grad()
+    def roll_out(
         self, number: int, prompt_ids: Sequence[int], conditions: Conditions
-    ) -> list[Branches]:
-        """Anchors and branches of all prompts, a chunk of prompts at a time."""
+    ) -> tuple[list[Branches], Tensor]:  # chunks of prompts; [J, B * G, K, *S]
+        """Anchors and branches of update `number`, and the branches' completions."""
         seed, device = self.config.train.seed, self.policy.device
         chunks = []
         for rows in self._chunks(len(prompt_ids)):
@@ -205,7 +203,10 @@ class Trainer:
                         self.positions, self.coefficients, seeds, self._progress,
                     )
                 )  # fmt: skip
-        return chunks
+        with self._phase("completions"):
+            x_next = torch.cat([chunk.x_next for chunk in chunks])
+            finished = complete(self.policy, self.plan, x_next, conditions, self._progress)
+        return chunks, finished
 
     def _score(
         self,
