@@ -122,7 +122,12 @@ def parse_config(parser: ArgumentParser, arguments: Sequence[str]) -> Config:
     """Arguments -> Config. Unknown keys and wrong types exit with a message that names them."""
     from .config import Config
 
-    values = parser.instantiate(parser.parse_args(list(arguments)))
+    parsed = parser.parse_args(list(arguments))
+    for f in fields(Config):
+        value = parsed[f.name]
+        if f.name != "rewards" and not (is_dataclass(value) or hasattr(value, "keys")):
+            raise ConfigurationError(f"{f.name} is {value!r}; expected a mapping of its keys")
+    values = parser.instantiate(parsed)
     return Config(**{f.name: values[f.name] for f in fields(Config)})
 
 

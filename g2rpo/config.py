@@ -138,7 +138,7 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of AdamW's two moments, each in [0, 1)."""
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """Added to the square root of AdamW's second moment (units of the gradient)."""
     weight_decay: float = 1e-4
     """Decoupled weight decay, a step times lr."""
     max_grad_norm: float = 1.0
@@ -184,7 +184,7 @@ class TrainConfig:
 
 @dataclass
 class Config:
-    """A run. Groups are filled from a preset or YAML file, then from --group.key value."""
+    """The rewards, and with them the groups below: all of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -84,24 +84,26 @@ def start(config: Config, run_dir: Path, *, overwrite: bool = False) -> int:
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigurationError(f"train.output is {str(run_dir)!r}, a file; expected a directory")
-    if holds_run(run_dir):
-        if not overwrite:
-            raise ConfigurationError(
-                f"train.output is {str(run_dir)!r}, which holds another run; expected a new "
-                f"directory, or --overwrite, or `g2rpo train --resume {run_dir}`"
-            )
+    if holds_run(run_dir) and not overwrite:
+        raise ConfigurationError(
+            f"train.output is {str(run_dir)!r}, which holds another run; expected a new "
+            f"directory, or --overwrite, or `g2rpo train --resume {run_dir}`"
+        )
+    run = _Run(config, run_dir)  # all that can be wrong is found before anything is written
+    if overwrite:
         for name in CONTENTS:
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_config(config, run_dir)
-    return _Run(config, run_dir).train()
+    return run.train()
 
 
 def resume(config: Config, run_dir: Path) -> int:
     """Go on with the run in `run_dir`; config is its own, with what may change changed."""
+    run = _Run(config, run_dir)
     write_config(config, run_dir)
-    return _Run(config, run_dir).train()
+    return run.train()
 
 
 def write_config(config: Config, run_dir: Path) -> None:
