@@ -67,6 +67,12 @@ def check_table(coefficients: StepCoefficients, velocity: Tensor) -> Tensor:
             "that step_coefficients() returns"
         )
     table = coefficients.table
+    check_floating("coefficients.table", table)
+    if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != 5:
+        raise ValueError(
+            f"coefficients.table has dtype {table.dtype} and shape {tuple(table.shape)}; expected "
+            "torch.float32 [P, 5], as step_coefficients() returns"
+        )
     if table.device != velocity.device:
         raise ValueError(
             f"coefficients.table is on {table.device}; expected {velocity.device}, the device of "

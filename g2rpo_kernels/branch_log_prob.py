@@ -9,6 +9,8 @@ applied to the *stored* x_next, in one reduction order: replaying a step gives t
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -46,13 +48,14 @@ def branch_log_prob(
         mean = step_mean(velocity, latents, coefficients).unsqueeze(1)         # [P, 1, *S]
         log_prob = -w * ((x_next - mean) ** 2).flatten(2).mean(2) + c
 
-    Source: Flow-GRPO (arXiv 2505.05470) section 3; G2RPO (arXiv 2510.01982) section 3.2.
+    Source: Flow-GRPO (arXiv 2505.05470); singular stochastic sampling, G2RPO (arXiv 2510.01982).
     """
     check_rows(velocity, latents)
     check_branches("x_next", x_next, velocity)
+    table = check_table(coefficients, velocity)
     check_gaussian(coefficients)
     refuse_grad("branch_log_prob", "it is a sample", latents=latents, x_next=x_next)
-    return _branch_log_prob(velocity, latents, x_next, check_table(coefficients, velocity))
+    return _branch_log_prob(velocity, latents, x_next, table)
 
 
 def row_mean(x: Tensor) -> Tensor:
@@ -71,15 +74,18 @@ def row_mean(x: Tensor) -> Tensor:
 
 def residual(velocity: Tensor, latents: Tensor, x_next: Tensor, table: Tensor) -> Tensor:
     """x_next - mean, flattened: [P, G, N], or [P, N] without a branch axis."""
-    mean = step_mean_reference(velocity, latents, table).flatten(1)
-    branched = x_next.ndim > velocity.ndim
-    x_next = x_next.to(mean.dtype).flatten(1 + branched)
-    return x_next.view(*x_next.shape[: 1 + branched], -1) - (mean.unsqueeze(1) if branched else mean)
+    mean = as_rows(step_mean_reference(velocity, latents, table))
+    branches = x_next.shape[1 : 1 + x_next.ndim - velocity.ndim]  # (G,) or ()
+    x_next = x_next.to(mean.dtype).view(len(mean), *branches, mean.shape[1])
+    return x_next - (mean.unsqueeze(1) if branches else mean)
 
 
-def log_prob_reference(
-    velocity: Tensor, latents: Tensor, x_next: Tensor, table: Tensor
-) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
+    """[P, *S] -> [P, N]; `flatten(1)` would not take an empty S, nor `view(P, -1)` P = 0."""
+    return x.view(x.shape[0], math.prod(x.shape[1:]))
+
+
+def log_prob_reference(velocity: Tensor, latents: Tensor, x_next: Tensor, table: Tensor) -> Tensor:
     mean_square = row_mean(residual(velocity, latents, x_next, table).square())
     return -column(table, 3, mean_square) * mean_square + column(table, 4, mean_square)
 
@@ -126,6 +132,12 @@ def _fake(velocity, latents, x_next, table):
     return velocity.new_empty(leading, dtype=compute_dtype(velocity, latents))
 
 
+def _no_second_backward(ctx, grad):
+    raise NotImplementedError(
+        "branch_log_prob and policy_loss can be differentiated once; their gradient has none"
+    )
+
+
 def _fake_backward(grad_log_prob, velocity, latents, x_next, table, *rest):
     return torch.empty_like(velocity, memory_format=torch.contiguous_format)
 
@@ -136,6 +148,7 @@ log_prob_backward = define_op(
     "Tensor? reference_velocity=None, float kl_weight=0.0) -> Tensor",
     reference=log_prob_backward_reference,
     fake=_fake_backward,
+    backward=_no_second_backward,
 )
 
 

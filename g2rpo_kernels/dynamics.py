@@ -30,7 +30,7 @@ def _marginal_preserving(sigma, sigma_next, diffusion):
     """dx = [v + q^2/(2 sigma) (x + (1 - sigma) v)] dt + q sqrt(-dt) eps, for a given q.
 
     The drift's second term is minus q^2/2 times the score, so marginals are those of the ODE
-    (Flow-GRPO, arXiv 2505.05470, eq. 8-9; DanceGRPO, arXiv 2505.07818, eq. 9).
+    (Flow-GRPO, arXiv 2505.05470, eq. 8-9; DanceGRPO, arXiv 2505.07818).
     """
     dt = sigma_next - sigma
     half = diffusion**2 / (2 * sigma)
@@ -62,7 +62,7 @@ def _cps(sigma, sigma_next, eta, sigma_tilde):
 
 
 def _dpm1(sigma, sigma_next, eta, sigma_tilde):
-    """First-order SDE-DPM-Solver++ (arXiv 2211.01095, eq. 18), h = the step in log-SNR/2."""
+    """First-order SDE-DPM-Solver++ (arXiv 2211.01095), h = the step in log-SNR/2."""
     h = (torch.log1p(-sigma_next) - sigma_next.log()) - (torch.log1p(-sigma) - sigma.log())
     gain = (1 - sigma_next) * -torch.expm1(-2 * h)
     return (
@@ -81,7 +81,7 @@ DYNAMICS: dict[str, Callable] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a tensor has no one truth value to compare by
 class StepCoefficients:
     """One set of affine coefficients a row.
 
@@ -118,7 +118,7 @@ def step_coefficients(
 
     Raises TypeError or ValueError naming the argument, its value and what was expected.
     """
-    if dynamics not in DYNAMICS:
+    if not isinstance(dynamics, str) or dynamics not in DYNAMICS:
         raise ValueError(f"dynamics is {dynamics!r}; expected one of {sorted(DYNAMICS)}")
     sigma, sigma_next = _column("sigma", sigma), _column("sigma_next", sigma_next)
     if 1 not in (len(sigma), len(sigma_next)) and len(sigma) != len(sigma_next):
@@ -134,7 +134,7 @@ def step_coefficients(
             f"{row}; expected 0 <= sigma_next < sigma <= 1"
         )
     eta = _check_eta(eta, dynamics)
-    if sigma_max is not None and not 0 < sigma_max < 1:
+    if sigma_max is not None and not 0 < check_number("sigma_max", sigma_max) < 1:
         raise ValueError(f"sigma_max is {sigma_max}; expected a number in (0, 1), or None")
     if dynamics == "dpm1" and bool(((sigma == 1) | (sigma_next == 0)).any()):
         raise ValueError(
@@ -150,7 +150,15 @@ def step_coefficients(
         w, c = torch.ones_like(s), torch.zeros_like(s)
     else:
         w, c = 1 / (2 * s**2), -s.log() - 0.5 * math.log(2 * math.pi)
-    return StepCoefficients(torch.stack([a, b, s, w, c], dim=1).float(), dynamics)
+    table = torch.stack([a, b, s, w, c], dim=1).float()
+    finite = table.isfinite().all(1)
+    if not bool(finite.all()):
+        row = int(finite.logical_not().nonzero()[0])
+        raise ValueError(
+            f"sigma {sigma[row].item()}, sigma_next {sigma_next[row].item()} and eta {eta} in row "
+            f"{row} give {table[row].tolist()}; expected a step whose coefficients float32 holds"
+        )
+    return StepCoefficients(table, dynamics)
 
 
 def _column(name: str, value: float | Tensor) -> Tensor:
@@ -161,19 +169,28 @@ def _column(name: str, value: float | Tensor) -> Tensor:
                 f"{name} is on {value.device}; expected a number or a CPU tensor "
                 "(coefficients are computed on the host, then moved with .to(device))"
             )
+        if value.dtype == torch.bool or value.dtype.is_complex:
+            raise TypeError(f"{name} has dtype {value.dtype}; expected real numbers")
         if value.ndim > 1:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; expected [P] or a number")
+        if value.requires_grad:
+            raise ValueError(
+                f"{name} requires a gradient; expected constants, e.g. {name}.detach()"
+            )
         return value.double().reshape(-1)
+    return torch.tensor([check_number(name, value)], dtype=torch.float64)
+
+
+def check_number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is a {type(value).__name__}; expected a number or a CPU tensor")
-    return torch.tensor([value], dtype=torch.float64)
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected a number")
+    return value
 
 
 def _check_eta(eta: float, dynamics: str) -> float:
     if dynamics in ("ode", "dpm1"):
         return 0.0
-    if isinstance(eta, bool) or not isinstance(eta, (int, float)):
-        raise TypeError(f"eta is a {type(eta).__name__}; expected a number")
+    check_number("eta", eta)
     high = 1.0 if dynamics == "cps" else math.inf
     if not (0 < eta <= high and math.isfinite(eta)):
         expected = "0 < eta <= 1" if dynamics == "cps" else "eta > 0"

@@ -6,6 +6,7 @@ are normalised; then summed over granularities and, weighted, over reward models
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from ._checks import check_floating, refuse_grad
 from ._library import define_op
+from .dynamics import check_number
 
 
 def group_advantages(
@@ -42,13 +44,18 @@ def group_advantages(
         r = rewards.view(-1, group_size)
         advantages = (r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + eps)
 
-    Source: G2RPO (arXiv 2510.01982) section 3.3, multi-granularity advantage integration.
+    Source: multi-granularity advantage integration, G2RPO (arXiv 2510.01982).
     """
     check_floating("rewards", rewards)
     if rewards.ndim != 4:
         raise ValueError(
             f"rewards has shape {tuple(rewards.shape)}; expected [R, J, N, K] "
             "(reward models, granularities, samples, SDE positions)"
+        )
+    if 0 in rewards.shape[:2]:
+        raise ValueError(
+            f"rewards has shape {tuple(rewards.shape)}; expected at least one reward model and one "
+            "granularity"
         )
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 2:
         raise ValueError(f"group_size is {group_size!r}; expected an integer of at least 2")
@@ -59,12 +66,18 @@ def group_advantages(
             f"rewards {tuple(rewards.shape)}"
         )
     if weights is not None:
-        weights = [float(weight) for weight in weights]
+        if not isinstance(weights, Sequence):
+            raise TypeError(
+                f"weights is a {type(weights).__name__}; expected a sequence of numbers"
+            )
+        weights = [float(check_number(f"weights[{i}]", weight)) for i, weight in enumerate(weights)]
+        if not all(abs(weight) < math.inf for weight in weights):  # NaN included
+            raise ValueError(f"weights is {weights}; expected finite numbers")
         if len(weights) != models:
             raise ValueError(
                 f"weights has {len(weights)} numbers; expected {models}, one a reward model"
             )
-    if not eps >= 0:
+    if not check_number("eps", eps) >= 0:
         raise ValueError(f"eps is {eps}; expected a number >= 0")
     refuse_grad("group_advantages", "rewards are constants of the policy loss", rewards=rewards)
     return _group_advantages(rewards, group_size, weights, eps)
@@ -74,10 +87,13 @@ def group_advantages_reference(
     rewards: Tensor, group_size: int, weights: Sequence[float] | None, eps: float
 ) -> Tensor:
     models, granularities, samples, positions = rewards.shape
-    r = rewards.double().view(models, granularities, -1, group_size, positions)
+    groups = samples // group_size
+    r = rewards.double().view(models, granularities, groups, group_size, positions)
     highest, lowest = r.amax(3, keepdim=True), r.amin(3, keepdim=True)  # both NaN if any is
     usable = (highest > lowest) & highest.isfinite() & lowest.isfinite()
-    normalised = (r - r.mean(3, keepdim=True)) / (r.std(3, keepdim=True) + eps)
+    gap = r - r.mean(3, keepdim=True)
+    std = (gap.square().sum(3, keepdim=True) / (group_size - 1)).sqrt()
+    normalised = gap / (std + eps)
     normalised = torch.where(usable, normalised, torch.zeros_like(normalised)).sum(1)
     if weights is not None:
         weights = torch.tensor(weights, dtype=torch.float64, device=r.device)

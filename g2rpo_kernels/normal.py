@@ -37,7 +37,8 @@ def normal(
     and for a seed independent of all the others.
     """
     check_seeds(seeds)
-    shape = [int(n) for n in shape]
+    if not isinstance(shape, Sequence) or not all(isinstance(n, int) for n in shape):
+        raise TypeError(f"shape is {shape!r}; expected a sequence of integers")
     if any(n < 0 for n in shape):
         raise ValueError(f"shape is {tuple(shape)}; expected sizes of 0 or more")
     return _normal(seeds, shape)
@@ -78,7 +79,7 @@ def normal_reference(seeds: Tensor, shape: Sequence[int]) -> Tensor:
     counter = torch.arange((count + 3) // 4, dtype=torch.int64, device=seeds.device)
     w0, w1, w2, w3 = (_uniform(word) for word in philox(counter, seeds.unsqueeze(-1)))
     noise = torch.stack([*_box_muller(w0, w1), *_box_muller(w2, w3)], dim=-1)
-    return noise.flatten(-2)[..., :count].reshape(*seeds.shape, *shape)
+    return noise.flatten(-2)[..., :count].reshape([*seeds.shape, *shape]).contiguous()
 
 
 def _fake(seeds, shape):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_device, check_floating, check_rows, compute_dtype
+from ._checks import check_device, check_floating, check_rows, compute_dtype, refuse_grad
 from ._library import define_op
+from .dynamics import check_number
 
 
 def ode_step(
@@ -21,29 +22,29 @@ def ode_step(
         own; non-contiguous tensors are copied.
     sigma, sigma_next: numbers, or floating tensors [P] or [1] on the same device, kept as float32.
         Numbers are checked (0 <= sigma_next < sigma <= 1); values inside tensors are not, since
-        that would synchronise a GPU.
-    Returns float32 [P, *S] (float64 if velocity or latents is). Differentiable in both.
+        that would synchronise a GPU. They are constants: one that requires a gradient is refused.
+    Returns float32 [P, *S] (float64 if velocity or latents is). Differentiable in velocity and
+    latents.
 
     Equivalent to:
         x_next = latents + (sigma_next - sigma).view(-1, 1, 1) * velocity       # S = (L, C)
     """
     check_rows(velocity, latents)
-    if isinstance(sigma, (int, float)) and isinstance(sigma_next, (int, float)):
-        if not 0 <= sigma_next < sigma <= 1:
+    rows = _per_row("sigma", sigma, velocity), _per_row("sigma_next", sigma_next, velocity)
+    if not isinstance(sigma, Tensor) and not isinstance(sigma_next, Tensor):
+        if not sigma_next < sigma:
             raise ValueError(
                 f"sigma is {sigma} and sigma_next is {sigma_next}; "
                 "expected 0 <= sigma_next < sigma <= 1"
             )
-    return _ode_step(
-        velocity,
-        latents,
-        _per_row("sigma", sigma, velocity),
-        _per_row("sigma_next", sigma_next, velocity),
-    )
+    refuse_grad("ode_step", "sigmas are constants", sigma=rows[0], sigma_next=rows[1])
+    return _ode_step(velocity, latents, *rows)
 
 
 def _per_row(name: str, value: Tensor | float, velocity: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
+        if not 0 <= check_number(name, value) <= 1:
+            raise ValueError(f"{name} is {value}; expected a number in [0, 1]")
         return torch.full((1,), value, dtype=torch.float32, device=velocity.device)
     check_floating(name, value)
     check_device(name, value, "velocity", velocity)

@@ -25,8 +25,8 @@ from ._checks import (
     refuse_grad,
 )
 from ._library import define_op
-from .branch_log_prob import log_prob_backward, log_prob_reference, row_mean
-from .dynamics import StepCoefficients
+from .branch_log_prob import as_rows, log_prob_backward, log_prob_reference, row_mean
+from .dynamics import StepCoefficients, check_number
 from .step_mean import column
 
 
@@ -99,7 +99,7 @@ def policy_loss(
         loss = torch.maximum(-advantages * ratio,
                              -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)).mean()
 
-    Source: G2RPO (arXiv 2510.01982) section 3.1; PPO (arXiv 1707.06347) eq. 7.
+    Source: PPO (arXiv 1707.06347) eq. 7, on the branches of G2RPO (arXiv 2510.01982).
     """
     check_rows(velocity, latents)
     leading = check_branches("x_next", x_next, velocity)
@@ -113,13 +113,13 @@ def policy_loss(
     for name, other in (("reference_velocity", reference_velocity), ("old_velocity", old_velocity)):
         if other is not None:
             check_like(name, other, "velocity", velocity)
-    check_gaussian(coefficients)
     table = check_table(coefficients, velocity)
-    if not clip_range > 0:
+    check_gaussian(coefficients)
+    if not check_number("clip_range", clip_range) > 0:
         raise ValueError(f"clip_range is {clip_range}; expected a number > 0")
-    if advantage_clip is not None and not advantage_clip > 0:
+    if advantage_clip is not None and not check_number("advantage_clip", advantage_clip) > 0:
         raise ValueError(f"advantage_clip is {advantage_clip}; expected a number > 0, or None")
-    if not kl_weight >= 0:
+    if not check_number("kl_weight", kl_weight) >= 0:
         raise ValueError(f"kl_weight is {kl_weight}; expected a number >= 0")
     if kl_weight > 0 and reference_velocity is None:
         raise ValueError(f"kl_weight is {kl_weight} without reference_velocity; expected both")
@@ -142,7 +142,7 @@ def policy_loss(
 
 def _mean_gap(velocity: Tensor, other: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     """w * mean_N((mean - mean_other)^2), [P]; the latents' share of both means cancels."""
-    gap = row_mean((velocity.to(dtype) - other.to(dtype)).flatten(1).square())
+    gap = row_mean(as_rows(velocity.to(dtype) - other.to(dtype)).square())
     return column(table, 3, gap) * column(table, 1, gap).square() * gap
 
 

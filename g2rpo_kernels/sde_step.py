@@ -49,7 +49,7 @@ def sde_step(
         x_next = mean + s * torch.randn(P, G, *S)
         log_prob = -w * ((x_next - mean) ** 2).flatten(2).mean(2) + c
 
-    Source: singular stochastic sampling, G2RPO (arXiv 2510.01982) section 3.2.
+    Source: singular stochastic sampling, G2RPO (arXiv 2510.01982).
     """
     check_rows(velocity, latents)
     if (seeds is None) == (noise is None):

@@ -1,9 +1,9 @@
 """The table of ops and shapes that every backend is tested on and every benchmark times.
 
-`OPS` has one row an op: how its inputs are made and what it computes, in plain PyTorch. A test takes
-`inputs(op, shape)`, calls the public function with them and compares with `plain(op, ...)`, at
-float64 for the truth and at float32 for what eager PyTorch would have made of it. To add an op, add
-its row; a new backend needs nothing here, `targets()` finds it.
+`OPS` has one row an op: how its inputs are made, and which of `formulas.py` it must agree with. A
+test takes `inputs(op, shape)`, calls the public function with them and compares with
+`plain(op, arguments)`, in float64 for the truth and in float32 for what eager PyTorch makes of it.
+To add an op, add its row; a new backend needs nothing here, `targets()` finds it.
 """
 
 from __future__ import annotations

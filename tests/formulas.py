@@ -1,4 +1,4 @@
-"""What each op computes, in plain PyTorch: the truth of the tests, the eager baseline of benchmarks.
+"""What each op computes, in plain PyTorch: the tests' truth, the benchmarks' eager baseline.
 
 Each function takes the public op's arguments with every floating tensor already in one dtype, and
 computes in it. Nothing here is computed by the package under test.
@@ -118,7 +118,7 @@ def philox4x32(counter: tuple, key: tuple) -> tuple:
 
 
 def words_of(seeds: np.ndarray, count: int, first: int = 0) -> np.ndarray:
-    """The `count` words of counters first, first + 1, ...: int64 seeds [*B] -> uint64 [*B, count]."""
+    """`count` words from counter `first` on: int64 seeds [*B] -> uint64 [*B, count]."""
     key = np.ascontiguousarray(seeds, dtype=np.int64).view(np.uint64)[..., None]
     counter = np.arange(first, first + -(-count // 4), dtype=np.uint64)
     zero = np.zeros_like(counter)

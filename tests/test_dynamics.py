@@ -1,4 +1,4 @@
-"""The affine coefficients of every dynamics, against the peers' own forms and the theory behind them."""
+"""The affine coefficients of every dynamics, against the peers' own forms and the theory."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import g2rpo_kernels as gk
 SDES = ("flow", "dance", "cps", "dpm1")
 GAUSSIAN = ("flow", "dance", "dpm1")
 
-# The steps as the peers write them, on predictions of the image x0 and the noise x1 or on the score,
-# in float64: (velocity, latents, sigma, sigma_next, eta, sigma_max) -> mean, standard deviation.
+# The steps as the peers write them, on predictions of image x0 and noise x1 or on the score, in
+# float64: (velocity, latents, sigma, sigma_next, eta, sigma_max) -> mean, standard deviation.
 
 
 def flow_grpo(v, x, sigma, sigma_next, eta, sigma_max):
@@ -179,9 +179,7 @@ def test_sigma_max_stands_in_for_sigma_one_only() -> None:
         s = 0.7 / math.sqrt(1 - 0.98) * math.sqrt(1 - sigma_next[row].item())
         assert given[row, 2].item() == pytest.approx(s, rel=1e-6)
     for dynamics in ("dance", "cps", "ode"):
-        pair = [
-            gk.step_coefficients(1.0, 0.9, 0.7, dynamics, sigma_max=s) for s in (None, 0.5)
-        ]
+        pair = [gk.step_coefficients(1.0, 0.9, 0.7, dynamics, sigma_max=s) for s in (None, 0.5)]
         assert torch.equal(pair[0].table, pair[1].table)
 
 

@@ -1,4 +1,4 @@
-"""Advantages: each group normalised by itself, then summed; failed and indifferent groups are silent."""
+"""Advantages: a group normalised by itself, then summed; failed and indifferent ones are silent."""
 
 from __future__ import annotations
 

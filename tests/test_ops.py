@@ -1,4 +1,4 @@
-"""What every op keeps, on every backend: accuracy, types, layout, and the same bits whatever is near.
+"""What every op keeps, on every backend: accuracy, types, layout, a row's bits in any company.
 
 Accuracy follows flash-attention: the error against float64 may be at most twice the error that the
 plain formula makes in float32, plus the floor stated in the op's row of `cases.OPS`.

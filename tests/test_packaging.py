@@ -159,8 +159,8 @@ def test_metadata(built: SimpleNamespace) -> None:
 
 def test_version_is_written_once_and_has_a_changelog_entry(built: SimpleNamespace) -> None:
     version = built.metadata["Version"]
-    sources = [name for name in files_under(ROOT) if name.endswith(".py")]
-    written = [name for name in [*sources, "pyproject.toml"] if version in (ROOT / name).read_text()]
+    sources = [name for name in files_under(ROOT) if name.endswith(".py")] + ["pyproject.toml"]
+    written = [name for name in sources if version in (ROOT / name).read_text()]
     assert written == ["g2rpo/__init__.py"]
     latest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert latest is not None and latest[1] == version

@@ -1,4 +1,4 @@
-"""The policy loss: worked examples, its gradient against autograd's, its options, its statistics."""
+"""The policy loss: worked examples, gradient against autograd's, options, statistics."""
 
 from __future__ import annotations
 
@@ -96,7 +96,12 @@ OPTIONS = {
     "kl": {"kl_weight": 0.3, "reference_velocity": True},
     "reference_without_weight": {"reference_velocity": True},
     "ratio_norm": {"old_velocity": True},
-    "all": {"advantage_clip": 0.4, "kl_weight": 0.3, "reference_velocity": True, "old_velocity": True},
+    "all": {
+        "advantage_clip": 0.4,
+        "kl_weight": 0.3,
+        "reference_velocity": True,
+        "old_velocity": True,
+    },
 }
 
 
@@ -253,9 +258,7 @@ def test_rows_in_one_call_are_already_averaged(target: Target) -> None:
     for p in range(3):
         row = {name: given[name][p : p + 1] for name in per_row}
         row["velocity"] = apart[p : p + 1]
-        out = gk.policy_loss(
-            **row, coefficients=row_of(given, p), clip_range=given["clip_range"]
-        )
+        out = gk.policy_loss(**row, coefficients=row_of(given, p), clip_range=given["clip_range"])
         (out.loss / 3).backward()
         losses.append(out.loss.detach())
     torch.testing.assert_close(whole.loss.detach(), torch.stack(losses).mean())

@@ -65,7 +65,7 @@ def test_fake_agrees_with_the_op_on_odd_inputs(op: str, target: Target) -> None:
     """Half precision and transposed storage: shape, dtype and strides as promised."""
 
     def half(x: object) -> object:
-        """velocity, latents and their kin; what is [P, G, *S] or a number a branch stays float32."""
+        """velocity, latents and their kin; what has a branch axis stays float32."""
         return x.bfloat16() if isinstance(x, Tensor) and x.shape == (3, 7, 11) else x
 
     def transposed(x: object) -> object:
@@ -166,9 +166,7 @@ def test_compiles_to_one_graph_with_the_same_bits(
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_one_dynamic_graph_serves_every_size(
-    op: str, target: Target, fresh_compiler: None
-) -> None:
+def test_one_dynamic_graph_serves_every_size(op: str, target: Target, fresh_compiler: None) -> None:
     """No recompilation when rows, branches and row sizes change."""
     function = surrounded(op)
     compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
