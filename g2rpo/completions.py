@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -41,9 +41,11 @@ class CompletionBatch:
 
 @dataclass(frozen=True)
 class CompletionPlan:
-    """Batches in order. The pool: first the branches, last the finished latents."""
+    """Batches in order. The pool holds the latents on their way, then the finished ones:
+    [J, branches] x0-predictions and last the anchors' own."""
 
     batches: tuple[CompletionBatch, ...]
+    prompts: int
     branches: int
     granularities: int
     slots: int
@@ -58,6 +60,17 @@ class CompletionPlan:
         return sum(len(batch.slots) - batch.rows for batch in self.batches)
 
 
+@dataclass(order=True, frozen=True)
+class _Item:
+    """One evaluation that is ready: longest remaining path first, then oldest first."""
+
+    priority: tuple[int, int]
+    node: CompletionNode = field(compare=False)
+    slot: int = field(compare=False)  # where its latents are
+    prompt: int = field(compare=False)
+    finished: tuple[int, ...] = field(compare=False)  # slots of its images, one a granularity
+
+
 def plan_completions(
     sigmas: Tensor,  # float64 [T + 1]
     positions: Sequence[int],
@@ -70,7 +83,8 @@ def plan_completions(
     """Pack all completions of `prompts` prompts into batches of `batch_size` rows.
 
     Branches are numbered (prompt * group_size + branch) * len(positions) + position's index, the
-    layout of rewards [N, K].
+    layout of rewards [N, K]. An anchor that has passed its last SDE position is completed with
+    them, at granularity 1, since from there on no log-probability depends on it.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1")
@@ -78,79 +92,98 @@ def plan_completions(
     trees = [completion_tree(k, granularities, steps) for k in positions]
     branches = prompts * group_size * len(positions)
     # Every granularity may hold a slot of its own while its paths run, and one when finished.
-    finished = branches * len(granularities)
-    free = list(range(finished - 1, branches - 1, -1))
-    ready: list[tuple[int, int, int, int, CompletionNode]] = []
-    for slot in range(branches):
-        root = trees[slot % len(positions)]
-        ready.append((-root.remaining, slot, slot, slot, root))
+    working = branches * len(granularities) + prompts
+    starts = [
+        (trees[b % len(positions)], b // (group_size * len(positions)),
+         tuple(working + j * branches + b for j in range(len(granularities))))
+        for b in range(branches)
+    ]  # fmt: skip
+    starts += [
+        (completion_tree(max(positions), [1], steps), p, (2 * working - prompts + p,))
+        for p in range(prompts)
+    ]
+    free = list(range(working - 1, len(starts) - 1, -1))
+    ready = [
+        _Item((-root.remaining, slot), root, slot, prompt, finished)
+        for slot, (root, prompt, finished) in enumerate(starts)
+    ]
     heapq.heapify(ready)
-    order, batches = branches, []
+    age, batches = len(ready), []
     while ready:
         items = [heapq.heappop(ready) for _ in range(min(batch_size, len(ready)))]
-        padded = items + [items[0]] * (batch_size - len(items))
-        steps_to: list[tuple[int, int, int, int]] = []  # row, sigma, sigma_next, slot
-        for row, (_, _, slot, branch_id, node) in enumerate(items):
-            for granularity in node.finished:
-                steps_to.append(
-                    (row, node.sigma, steps, finished + granularity * branches + branch_id)
-                )
+        edges: list[tuple[int, int, int, int]] = []  # row, sigma, sigma_next, slot
+        for row, item in enumerate(items):
+            node = item.node
+            edges += [(row, node.sigma, steps, item.finished[j]) for j in node.finished]
             if not node.children:
-                free.append(slot)
+                free.append(item.slot)
             for child in node.children:
-                to = slot if child is node.children[0] else free.pop()
-                steps_to.append((row, node.sigma, child.sigma, to))
-                heapq.heappush(ready, (-child.remaining, order, to, branch_id, child))
-                order += 1
-        row, sigma, sigma_next, to = zip(*steps_to, strict=True)
-        batches.append(
-            CompletionBatch(
-                rows=len(items),
-                slots=_index([slot for _, _, slot, _, _ in padded], device),
-                prompts=_index(
-                    [b // (group_size * len(positions)) for _, _, _, b, _ in padded], device
-                ),
-                sigmas=sigmas[[node.sigma for *_, node in padded]].float().to(device),
-                step_rows=_index(row, device),
-                step_sigmas=sigmas[list(sigma)].float().to(device),
-                step_sigmas_next=sigmas[list(sigma_next)].float().to(device),
-                step_slots=_index(to, device),
-            )
-        )
-    return CompletionPlan(tuple(batches), branches, len(granularities), finished * 2)
+                slot = item.slot if child is node.children[0] else free.pop()
+                edges.append((row, node.sigma, child.sigma, slot))
+                priority = (-child.remaining, age)
+                heapq.heappush(ready, _Item(priority, child, slot, item.prompt, item.finished))
+                age += 1
+        batches.append(_batch(items, edges, batch_size, sigmas, device))
+    return CompletionPlan(tuple(batches), prompts, branches, len(granularities), 2 * working)
 
 
-def _index(values: Sequence[int], device: torch.device | str) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=device)
+def _batch(
+    items: Sequence[_Item],
+    edges: Sequence[tuple[int, int, int, int]],
+    batch_size: int,
+    sigmas: Tensor,
+    device: torch.device | str,
+) -> CompletionBatch:
+    def index(values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    def sigma_of(values: Sequence[int]) -> Tensor:
+        return sigmas[list(values)].float().to(device)
+
+    padded = [*items, *[items[0]] * (batch_size - len(items))]
+    row, sigma, sigma_next, slot = zip(*edges, strict=True)
+    return CompletionBatch(
+        rows=len(items),
+        slots=index([item.slot for item in padded]),
+        prompts=index([item.prompt for item in padded]),
+        sigmas=sigma_of([item.node.sigma for item in padded]),
+        step_rows=index(row),
+        step_sigmas=sigma_of(sigma),
+        step_sigmas_next=sigma_of(sigma_next),
+        step_slots=index(slot),
+    )
 
 
 def complete(
     policy: FluxPolicy,
     plan: CompletionPlan,
     latents: Tensor,  # [B, G, K, *S] the branches
+    anchors: Tensor,  # [B, *S] the anchors past their last SDE position
     conditions: Conditions,  # B rows
     on_batch: Callable[[int], None] | None = None,
-) -> Tensor:  # [J, B * G, K, *S]
-    """Finish every branch at every granularity; returns the x0-predictions, float32.
+) -> tuple[Tensor, Tensor]:  # [J, B * G, K, *S], [B, *S]
+    """Finish every branch at every granularity, and the anchors: x0-predictions, float32.
 
     on_batch: called with the number of real rows after each batch.
     """
     prompts, group_size, positions, *shape = latents.shape
-    if prompts * group_size * positions != plan.branches:
+    if (prompts, prompts * group_size * positions) != (plan.prompts, plan.branches):
         raise ValueError(
             f"latents has {prompts} x {group_size} x {positions} branches; the plan expects "
-            f"{plan.branches}"
+            f"{plan.branches} of {plan.prompts} prompts"
         )
     pool = latents.new_empty(plan.slots, *shape)
     pool[: plan.branches] = latents.reshape(plan.branches, *shape)
+    pool[plan.branches : plan.branches + prompts] = anchors
     for batch in plan.batches:
-        rows = pool[batch.slots]
+        rows = pool.index_select(0, batch.slots)
         velocity = policy.predict(rows, batch.sigmas, conditions[batch.prompts])
-        pool[batch.step_slots] = gk.ode_step(
-            velocity[batch.step_rows], rows[batch.step_rows],
+        following = gk.ode_step(
+            velocity.index_select(0, batch.step_rows), rows.index_select(0, batch.step_rows),
             batch.step_sigmas, batch.step_sigmas_next,
         )  # fmt: skip
+        pool.index_copy_(0, batch.step_slots, following)
         if on_batch is not None:
             on_batch(batch.rows)
-    done = pool[plan.slots - plan.branches * plan.granularities :]
-    return done.view(plan.granularities, prompts * group_size, positions, *shape)
+    finished = pool[plan.slots // 2 :].split([plan.granularities * plan.branches, prompts])
+    return finished[0].view(plan.granularities, -1, positions, *shape), finished[1]

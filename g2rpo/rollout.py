@@ -40,7 +40,7 @@ class Branches:
     latents: Tensor  # [K, B, *S] the anchors' x_k
     x_next: Tensor  # [B, G, K, *S] the branches
     old_log_prob: Tensor  # [K, B, G]
-    anchor_images: Tensor  # [B, *S] the anchors' own x0
+    anchors: Tensor  # [B, *S] the anchors past their last SDE position
 
 
 def branch_out(
@@ -49,28 +49,32 @@ def branch_out(
     conditions: Conditions,  # B rows
     sigmas: Tensor,  # float32 [T + 1]
     positions: Sequence[int],  # K SDE positions
-    coefficients: Sequence[gk.StepCoefficients],  # K
-    seeds: Sequence[Tensor],  # K, each int64 [B, G]
+    coefficients: gk.StepCoefficients,  # table [K, 5]
+    seeds: Tensor,  # int64 [K, B, G]
     on_rows: Callable[[int], None] = lambda rows: None,
 ) -> Branches:
-    """One anchor a prompt, and G branches at each of its SDE positions.
+    """One anchor a prompt, up to its last SDE position, and G branches at each of them.
 
     on_rows: called with the number of rows after each forward.
     """
     kept: dict[int, tuple[Tensor, Tensor]] = {}
-    for i, latents, velocity, following in run_ode(policy, noise, conditions, sigmas):
+    until = sigmas[: max(positions) + 2]
+    for i, latents, velocity, following in run_ode(policy, noise, conditions, until):
         if i in positions:
             kept[i] = velocity, latents
         on_rows(len(noise))
-    steps = [
-        gk.sde_step(*kept[k], step, seeds=step_seeds)
-        for k, step, step_seeds in zip(positions, coefficients, seeds, strict=True)
-    ]
+    velocity, latents = (torch.cat([kept[k][part] for k in positions]) for part in (0, 1))
+    # All positions in one call, a row a (position, prompt): the draws of a row are its own.
+    rows = gk.StepCoefficients(
+        coefficients.table.repeat_interleave(len(noise), dim=0), coefficients.dynamics
+    )
+    x_next, log_prob = gk.sde_step(velocity, latents, rows, seeds=seeds.flatten(0, 1))
+    count = len(positions), len(noise)
     return Branches(
-        latents=torch.stack([kept[k][1] for k in positions]),
-        x_next=torch.stack([x_next for x_next, _ in steps], dim=2),
-        old_log_prob=torch.stack([log_prob for _, log_prob in steps]),
-        anchor_images=following,
+        latents=latents.unflatten(0, count),
+        x_next=x_next.unflatten(0, count).permute(1, 2, 0, *range(3, x_next.ndim + 1)).contiguous(),
+        old_log_prob=log_prob.unflatten(0, count),
+        anchors=following,
     )
 
 
@@ -81,8 +85,7 @@ def all_branch_seeds(
     positions: Sequence[int],
     group_size: int,
     device: torch.device,
-) -> list[Tensor]:  # K, each int64 [B, G]
+) -> Tensor:  # int64 [K, B, G]
     """The seeds `branch_out` wants."""
-    return [
-        branch_seeds(run_seed, update, prompt_ids, k, group_size).to(device) for k in positions
-    ]
+    seeds = [branch_seeds(run_seed, update, prompt_ids, k, group_size) for k in positions]
+    return torch.stack(seeds).to(device)

@@ -69,13 +69,10 @@ class Trainer:
         schedule = noise_schedule(rollout.steps, rollout.shift)  # float64, on the host
         self.sigmas = schedule.float().to(device)
         self.positions = sorted(rollout.sde_positions)
-        self.coefficients = [
-            gk.step_coefficients(
-                float(schedule[k]), float(schedule[k + 1]), rollout.eta, rollout.dynamics,
-                sigma_max=float(schedule[1]),
-            ).to(device)
-            for k in self.positions
-        ]  # fmt: skip
+        self.coefficients = gk.step_coefficients(  # a row a position
+            schedule[self.positions], schedule[[k + 1 for k in self.positions]],
+            rollout.eta, rollout.dynamics, sigma_max=float(schedule[1]),
+        ).to(device)  # fmt: skip
         self.sampler = PromptSampler(model.prompts, train.prompts_per_update, train.seed)
         self.plan = plan_completions(
             schedule, self.positions, rollout.granularities, train.prompts_per_update,
@@ -116,9 +113,9 @@ class Trainer:
         prompts = [self.sampler.prompts[i] for i in prompt_ids]
         conditions = self.model.embed(prompts)
         with torch.no_grad():
-            chunks, finished = self.roll_out(number, prompt_ids, conditions)
+            chunks, finished, anchors = self.roll_out(number, prompt_ids, conditions)
             with self._phase("rewards"):
-                rewards, reward_row = self._score(finished, chunks, prompts)
+                rewards, reward_row = self._score(finished, anchors, prompts)
                 advantages = integrate_advantages(
                     rewards, self.config.rollout.group_size, [r.weight for r in self.trained]
                 )
@@ -184,8 +181,8 @@ class Trainer:
     @torch.no_grad()
     def roll_out(
         self, number: int, prompt_ids: Sequence[int], conditions: Conditions
-    ) -> tuple[list[Branches], Tensor]:  # chunks of prompts; [J, B * G, K, *S]
-        """Anchors and branches of update `number`, and the branches' completions."""
+    ) -> tuple[list[Branches], Tensor, Tensor]:  # chunks of prompts; [J, B * G, K, *S]; [B, *S]
+        """Anchors and branches of update `number`, then the completions of both."""
         seed, device = self.config.train.seed, self.policy.device
         chunks = []
         for rows in self._chunks(len(prompt_ids)):
@@ -205,22 +202,23 @@ class Trainer:
                 )  # fmt: skip
         with self._phase("completions"):
             x_next = torch.cat([chunk.x_next for chunk in chunks])
-            finished = complete(self.policy, self.plan, x_next, conditions, self._progress)
-        return chunks, finished
+            anchors = torch.cat([chunk.anchors for chunk in chunks])
+            finished, anchors = complete(
+                self.policy, self.plan, x_next, anchors, conditions, self._progress
+            )
+        return chunks, finished, anchors
 
     def _score(
         self,
         finished: Tensor,  # [J, B * G, K, *S]
-        chunks: Sequence[Branches],
+        anchors: Tensor,  # [B, *S]
         prompts: Sequence[str],  # B
     ) -> tuple[Tensor, dict[str, float]]:  # [R, J, B * G, K], metrics keys
         """Rewards of all finished branches, and of the anchors' own images beside them."""
         row: dict[str, float] = {}
         batch = self.config.rollout.branch_batch
-        anchors = torch.cat([chunk.anchor_images for chunk in chunks])
-        for reward, values in zip(
-            self.trained, score_latents(self.model, anchors, prompts, self.trained, batch)
-        , strict=True):
+        scores = score_latents(self.model, anchors, prompts, self.trained, batch)
+        for reward, values in zip(self.trained, scores, strict=True):
             row[f"anchor/{reward.name}/mean"], _ = mean_and_std(values)
         shape = finished.shape[:3]
         per_prompt = shape[1] * shape[2] // len(prompts)
@@ -267,7 +265,9 @@ class Trainer:
             chunk.x_next[:, :, index],
             chunk.old_log_prob[index],
             advantages,
-            self.coefficients[index],
+            gk.StepCoefficients(
+                self.coefficients.table[index : index + 1], self.coefficients.dynamics
+            ),
             clip_range=self.config.objective.clip_range,
             advantage_clip=self.config.objective.advantage_clip,
         )

@@ -20,9 +20,7 @@ def roll_out(model, prompt_ids, positions=POSITIONS, group_size=G, update=1):
     prompts = [model.prompts[i] for i in prompt_ids]
     conditions = model.embed(prompts)
     noise = gk.normal(anchor_seeds(0, update, prompt_ids), model.latent_shape)
-    coefficients = [
-        gk.step_coefficients(float(SIGMAS[k]), float(SIGMAS[k + 1]), 0.7) for k in positions
-    ]
+    coefficients = gk.step_coefficients(SIGMAS[positions], SIGMAS[[k + 1 for k in positions]], 0.7)
     seeds = all_branch_seeds(0, update, prompt_ids, positions, group_size, torch.device("cpu"))
     with torch.no_grad():
         branches = branch_out(
@@ -35,7 +33,8 @@ def finish(model, branches, conditions, granularities, batch_size, positions=POS
     prompts, group_size = branches.x_next.shape[:2]
     plan = plan_completions(SIGMAS, positions, granularities, prompts, group_size, batch_size)
     with torch.no_grad():
-        return plan, complete(model.policy, plan, branches.x_next, conditions)
+        images, _ = complete(model.policy, plan, branches.x_next, branches.anchors, conditions)
+        return plan, images
 
 
 def expected_evaluations(granularities) -> int:
@@ -70,11 +69,11 @@ def test_evaluations_of_one_prompt(granularities, published):
 
     model.policy.transformer.register_forward_pre_hook(hook, with_kwargs=True)
     branches, conditions = roll_out(model, [0])
-    assert rows == T
+    assert rows == max(POSITIONS) + 1  # the rest of the anchor's way goes with the completions
     plan, _ = finish(model, branches, conditions, granularities, batch_size=4)
     assert plan.padding == 0  # so the hook's rows are real ones
     assert rows == published == expected_evaluations(granularities)
-    assert T + plan.evaluations == rows
+    assert max(POSITIONS) + 1 + plan.evaluations == rows
     assert set(seen.values()) == {1}
 
 
@@ -152,7 +151,11 @@ def test_branches_leave_the_anchor():
     with torch.no_grad():
         run = list(run_ode(model.policy, noise, conditions, SIGMAS.float()))
     assert len(run) == T and torch.equal(run[0][1], noise)
-    assert torch.equal(branches.anchor_images, run[-1][3])
+    assert torch.equal(branches.anchors, run[5][3])
+    plan = plan_completions(SIGMAS, [0, 5], [2], 2, 3, batch_size=2)
+    with torch.no_grad():
+        _, anchors = complete(model.policy, plan, branches.x_next, branches.anchors, conditions)
+    assert (anchors - run[-1][3]).abs().max() <= 1e-5
     for index, k in enumerate((0, 5)):
         _, x, v, _ = run[k]
         assert torch.equal(branches.latents[index], x)
@@ -168,8 +171,8 @@ def test_branches_leave_the_anchor():
 def test_plan(batch_size):
     """Every item once, batches of one size, no slot overwritten before it was read."""
     plan = plan_completions(SIGMAS, POSITIONS, [1, 2], 2, 3, batch_size)
-    assert plan.evaluations == 2 * 3 * (1504 - T) // G
-    filled = set(range(plan.branches))
+    assert plan.evaluations == 2 * 3 * (1504 - T) // G + 2 * (T - 8)
+    filled = set(range(plan.branches + 2))
     for batch in plan.batches:
         assert len(batch.slots) == len(batch.sigmas) == len(batch.prompts) == batch_size
         read = batch.slots[: batch.rows].tolist()
@@ -180,7 +183,7 @@ def test_plan(batch_size):
         filled |= set(written)
         assert (batch.step_sigmas_next < batch.step_sigmas).all()
         assert torch.equal(batch.step_sigmas, batch.sigmas[batch.step_rows])
-    assert filled == set(range(plan.slots - 2 * plan.branches, plan.slots))
+    assert filled == set(range(plan.slots - 2 * plan.branches - 2, plan.slots))
     # Longest path first keeps batches full to the end: all but the last few
     short = [index for index, batch in enumerate(plan.batches) if batch.rows < batch_size]
     assert len(plan.batches) - min(short, default=len(plan.batches)) <= T
@@ -192,8 +195,8 @@ def test_plan_refuses():
     model = TinyModel()
     branches, conditions = roll_out(model, [0, 1], group_size=2)
     plan = plan_completions(SIGMAS, POSITIONS, [1], 1, 2, 4)
-    with pytest.raises(ValueError, match="2 x 2 x 8 branches; the plan expects 16"):
-        complete(model.policy, plan, branches.x_next, conditions)
+    with pytest.raises(ValueError, match="2 x 2 x 8 branches; the plan expects 16 of 1 prompts"):
+        complete(model.policy, plan, branches.x_next, branches.anchors, conditions)
 
 
 def test_guidance_and_sigma_per_row():

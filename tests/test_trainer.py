@@ -123,7 +123,7 @@ def test_gradient_is_that_of_the_plain_objective():
     for index, k in enumerate(trainer.positions):
         sigma = trainer.sigmas[k].expand(2)
         v = trainer.policy.velocity(chunk.latents[index], sigma, conditions)
-        a, b, s, _, _ = trainer.coefficients[index].table[0]
+        a, b, s, _, _ = trainer.coefficients.table[index]
         mean = (a * chunk.latents[index] + b * v).unsqueeze(1)
         square = ((chunk.x_next[:, :, index] - mean) / s).square().flatten(2).mean(2)
         clipped = advantages[:, index].clamp(-5, 5)
