@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
     from .config import Config
 
+# Top-level modules that `pip install g2rpo` alone does not bring.
+TRAIN_EXTRA = (
+    "accelerate", "diffusers", "jinja2", "jsonargparse", "matplotlib", "PIL", "platformdirs", "rich",
+    "safetensors", "sklearn", "threadpoolctl", "transformers", "yaml",
+)  # fmt: skip
 PRESETS = Path(__file__).parent / "presets"
 USAGE = """\
 usage: g2rpo COMMAND ...
@@ -47,6 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return train(arguments[1:])
+    except ModuleNotFoundError as error:
+        if error.name not in TRAIN_EXTRA:
+            raise
+        print(f"g2rpo train: error: the package {error.name!r} is not installed; "
+              "get it and what else the trainer needs with: pip install 'g2rpo[train]'",
+              file=sys.stderr)  # fmt: skip
+        return 2
     except (ConfigurationError, TrainingError) as error:
         print(f"g2rpo train: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1

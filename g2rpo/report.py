@@ -16,9 +16,11 @@ from importlib import metadata
 from pathlib import Path
 
 import jinja2
+import torch
 import yaml
 from PIL import Image
 
+from . import __version__
 from .figures import write_curves
 from .grids import sample_path, write_before_after
 from .metrics import (
@@ -112,9 +114,9 @@ def _facts(rows: Sequence[Row], planned: int | None) -> list[tuple[str, str]]:
     evaluations, seconds = last.get("evaluations") or 0, last.get("seconds") or 0.0
     peak = max(row.get("peak_memory_bytes") or 0 for row in rows)
     versions = [f"Python {platform.python_version()}"]
-    for package in ("g2rpo", "torch", "diffusers"):
-        found = next(iter(metadata.distributions(name=package)), None)
-        versions += [] if found is None else [f"{package} {found.version}"]
+    versions += [f"g2rpo {__version__}", f"torch {torch.__version__}"]  # torch's names its build
+    found = next(iter(metadata.distributions(name="diffusers")), None)
+    versions += [] if found is None else [f"diffusers {found.version}"]
     return [
         ("Updates", f"{last['update']:,}" + ("" if planned is None else f" of {planned:,}")),
         ("Transformer evaluations, of training", f"{evaluations:,}"),
