@@ -52,6 +52,7 @@ clean:
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c '$(CHECK)'
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check --no-compile \
+	@echo "Installing g2rpo, torch, diffusers and the rest of constraints.txt into $(VENV)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
 	    --editable '.[train,test,bench]' $$($(BIN)/python -c '$(CONSTRAINT)')
 	@touch $@

@@ -53,8 +53,8 @@ def evaluate_policy(
 ) -> tuple[dict[str, float], Tensor]:
     """Deterministic samples of these prompts from fixed noises, scored by every reward and judge.
 
-    Returns metrics keys (reward/<name>/mean and /std, heldout/... for held-out ones) and the images
-    [M, 3 or 1, H, W]. The noises are the same in every run and for every policy.
+    Returns metrics keys (reward/<name>/mean and /std, heldout/... for held-out ones, and
+    images/diversity/mean) and the images [M, 3 or 1, H, W]. The noises are the same in every run and for every policy.
     """
     policy = model.policy
     noise = gk.normal(evaluation_seeds(len(prompts)).to(policy.device), model.latent_shape)
@@ -73,4 +73,18 @@ def evaluate_policy(
         kind = "heldout" if reward.heldout else "reward"
         mean, std = mean_and_std(values)
         row[f"{kind}/{reward.name}/mean"], row[f"{kind}/{reward.name}/std"] = mean, std
-    return row, torch.cat(images)
+    images = torch.cat(images)
+    return {**row, "images/diversity/mean": diversity(images, prompts)}, images
+
+
+def diversity(images: Tensor, prompts: Sequence[str]) -> float:
+    """How much the images of one prompt differ: a pixel's standard deviation over them, averaged
+    over pixels and prompts (in units of the pixel range). NaN if no prompt has two images.
+
+    No reward sees it. A policy that has found the one image its reward likes best has 0.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(index)
+    spreads = [images[rows].std(0).mean() for rows in groups.values() if len(rows) > 1]
+    return float(torch.stack(spreads).mean()) if spreads else math.nan

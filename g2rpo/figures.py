@@ -17,12 +17,13 @@ from .metrics import KINDS, Row, changes, number, phase_seconds, write_beside
 
 INK, PALE = "#333333", "#dddddd"
 # Okabe and Ito's colours, which the colour-blind can tell apart: blues for what is trained on, reds
-# for what only judges. The two also differ in dash and marker.
+# for what only judges, green for what is seen in the images. All differ in dash and marker too.
 COLOURS = {
     "reward": ("#0072B2", "#56B4E9", "#003F63"),
     "heldout": ("#D55E00", "#E69F00", "#7A3600"),
+    "images": ("#009E73",),
 }
-STROKES = {"reward": ("-", "o"), "heldout": ("--", "s")}
+STROKES = {"reward": ("-", "o"), "heldout": ("--", "s"), "images": (":", "^")}
 PHASE_COLOURS = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#F0E442")
 
 

@@ -32,6 +32,8 @@ that update alone. A number that is not finite is null. Update 0, the state befo
     rollout/<reward>/mean, /std    images of the finished branches, all positions and granularities
     reward/<name>/mean, /std       the fixed evaluation: rewards, where a row carries one
     heldout/<name>/mean, /std      the same of those that only judge
+    images/diversity/mean          the same images: a pixel's standard deviation over those of one
+                                   prompt, mean over pixels and prompts; no reward sees it
 
 Rewards are as their functions return them, unweighted. Mean and standard deviation (n - 1) are over
 the images whose score is finite.
@@ -50,7 +52,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 Row = dict[str, Any]
-KINDS = {"reward": "reward", "heldout": "held-out"}  # first part of a key -> what a person reads
+# First part of a key -> what a person reads.
+KINDS = {"reward": "reward", "heldout": "held-out", "images": "images"}
 
 
 class MetricsLog:
