@@ -17,13 +17,12 @@ from .metrics import KINDS, Row, changes, number, phase_seconds, write_beside
 
 INK, PALE = "#333333", "#dddddd"
 # Okabe and Ito's colours, which the colour-blind can tell apart: blues for what is trained on, reds
-# for what only judges, green for what is seen in the images. All differ in dash and marker too.
+# for what only judges. The two also differ in dash and marker.
 COLOURS = {
     "reward": ("#0072B2", "#56B4E9", "#003F63"),
     "heldout": ("#D55E00", "#E69F00", "#7A3600"),
-    "images": ("#009E73",),
 }
-STROKES = {"reward": ("-", "o"), "heldout": ("--", "s"), "images": (":", "^")}
+STROKES = {"reward": ("-", "o"), "heldout": ("--", "s")}
 PHASE_COLOURS = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#E69F00", "#CC79A7", "#F0E442")
 
 
@@ -32,10 +31,10 @@ def write_curves(rows: Sequence[Row], path: str | Path) -> None:
 
     Above, every evaluated reward against updates, a panel for each unit: held-out ones dashed, the
     mean over each update's own rollouts as a pale line. Below, whatever the rows say of gradient
-    norm, advantages, ratios and seconds. One row, the state before training, is enough.
+    norm, diversity, advantages, ratios and seconds. One row, the state before training, is enough.
     Raises ValueError if no row carries an evaluation.
     """
-    found = changes(rows)
+    found = [change for change in changes(rows) if change.kind != "images"]
     if not found:
         raise ValueError("rows: expected at least one with a key 'reward/<name>/mean'")
     units = list(dict.fromkeys(_unit(change.name) for change in found))
@@ -45,6 +44,7 @@ def write_curves(rows: Sequence[Row], path: str | Path) -> None:
         for title, series in {
             "gradient norm": {"": _series(trained, "grad_norm")},
             "std of the advantages": {"": _series(trained, "advantage_std")},
+            "diversity within a prompt": {"": _series(rows, "images/diversity/mean")},
             "ratio - 1": {
                 "largest": [ratio - 1 for ratio in _series(trained, "ratio_max")],
                 "mean": [ratio - 1 for ratio in _series(trained, "ratio_mean")],
@@ -54,6 +54,8 @@ def write_curves(rows: Sequence[Row], path: str | Path) -> None:
     }
     if not any(lines["fraction clipped"].get("", ())):
         del lines["fraction clipped"]  # nothing was: a panel of zeros has nothing to add
+    if lines["diversity within a prompt"] and len(lines) > 3:
+        del lines["std of the advantages"]  # the fifth panel would cost a line; this one says least
     lines = {title: series for title, series in lines.items() if series}
     phases = phase_seconds(trained)
     small = len(lines) + bool(phases)
@@ -70,7 +72,9 @@ def write_curves(rows: Sequence[Row], path: str | Path) -> None:
         panels = iter(figures[1].subplots(below_down, below, squeeze=False).flat)
         updates = [row["update"] for row in trained]
         for title, series in lines.items():
-            _draw_lines(next(panels), updates, title, series)
+            # diversity is evaluated, like rewards: update 0 has it as well, others may not
+            at = updates if title != "diversity within a prompt" else [r["update"] for r in rows]
+            _draw_lines(next(panels), at, title, series)
         if phases:
             legend = _draw_phases(next(panels), updates, phases)
             legend.set_in_layout(small % below == 0)  # else it lies in the empty place beside it
@@ -135,7 +139,8 @@ def _draw_unit(axes: Axes, rows: Sequence[Row], unit: str) -> None:
 def _draw_lines(axes: Axes, updates: list[int], title: str, series: dict[str, list[float]]) -> None:
     marker = "o" if len(updates) <= 60 else None
     for (label, values), colour in zip(series.items(), COLOURS["reward"]):
-        axes.plot(updates, values, color=colour, linewidth=1.4, marker=marker, ms=2, label=label)
+        points = [(u, value) for u, value in zip(updates, values) if math.isfinite(value)]
+        axes.plot(*zip(*points), color=colour, linewidth=1.4, marker=marker, ms=2, label=label)
     if all(value == 0 for values in series.values() for value in values):
         axes.set_ylim(-1, 1)
         axes.text(updates[0], 0.2, "exactly 0", fontsize=8, color=INK)

@@ -1,5 +1,7 @@
 """Seeds, prompts, rewards and checkpoints: the small rooms around the trainer."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from tiny import TinyModel
 from g2rpo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from g2rpo.data import PromptSampler, read_prompts
 from g2rpo.errors import ConfigurationError, TrainingError
+from g2rpo.evaluation import diversity
 from g2rpo.objective import integrate_advantages
 from g2rpo.rewards import Reward, import_reward, reward_name, score
 from g2rpo.seeds import anchor_seeds, branch_seeds, evaluation_seeds, hash_seed, splitmix64
@@ -162,3 +165,13 @@ def test_checkpoints_kept(tmp_path, keep_last, left):
 
 def test_checkpoint_folder_that_is_not_there(tmp_path):
     assert load_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_diversity():
+    """A pixel's spread over the images of one prompt; what differs between prompts does not count."""
+    images = torch.zeros(5, 1, 2, 2)
+    images[2:4] = 1.0  # prompt b: two alike
+    images[1, 0, 0, 0] = 0.5  # prompt a: one pixel of four differs, 0 and 0.5
+    one = torch.tensor([0.0, 0.5]).std().item() / 4
+    assert diversity(images, ["a", "a", "b", "b", "c"]) == pytest.approx((one + 0.0) / 2)
+    assert math.isnan(diversity(images[:2], ["a", "b"]))
