@@ -31,7 +31,7 @@ ROLLOUT_BATCHES = (48, 96, 128, 192, 384)
 
 @torch.no_grad()
 def plain_loop(transformer, batch: int, steps: int = 16) -> tuple[int, float]:
-    """The loop of diffusers' own pipelines: one sigma for all rows. Returns evaluations, seconds."""
+    """The loop of diffusers' pipelines, one sigma for all rows. Returns evaluations, seconds."""
     text_ids, image_ids = digits.token_ids()
     prompt_embeds, pooled_embeds = digits.embed_prompts(
         [digits.PROMPTS[i % 10] for i in range(batch)]
@@ -89,7 +89,8 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     best_plain = max(v for name, v in medians.items() if name.startswith("plain"))
     for name, value in medians.items():
-        print(f"{name:32} {value:9,.0f} evaluations/s   {value / best_plain:5.2f} x best plain loop")
+        times = value / best_plain
+        print(f"{name:32} {value:9,.0f} evaluations/s   {times:5.2f} x best plain loop")
     if arguments.json:
         report = {
             "evaluations_per_second": rates,

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -39,27 +38,30 @@ class Checkpoint:
 def save_checkpoint(
     folder: Path, update: int, transformer: nn.Module, state: dict[str, Any], keep_last: int
 ) -> Path:
-    """Write checkpoints/step-<update> under `folder` and drop all but the newest keep_last.
+    """Write checkpoints/step-<update> under `folder`, and of this one and those before it keep the
+    newest keep_last.
 
     state: what `torch.load(weights_only=True)` can read back. keep_last: 0 keeps all.
     """
     final = folder / f"step-{update:06d}"
     partial = folder / f".step-{update:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    for leftover in folder.glob(".step-*.partial"):  # of a run that was killed right here
+        shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     transformer.save_pretrained(partial / "transformer", max_shard_size="1TB")
     torch.save(state, partial / STATE)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
     (partial / MANIFEST).write_text(json.dumps({"update": update, "bytes": sizes}, indent=1))
-    for path in (*files, partial / MANIFEST):
+    for path in (*files, partial / MANIFEST, partial / "transformer", partial):
         _sync(path)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
     _sync(folder)
     if keep_last > 0:
-        for old in list_checkpoints(folder)[:-keep_last]:
+        # A later one can only be damaged, passed over by the resume: it must not displace this one.
+        for old in [p for p in list_checkpoints(folder) if _update_of(p) <= update][:-keep_last]:
             shutil.rmtree(old)
     return final
 
@@ -76,7 +78,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, oldest first. Half-written ones carry another name."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name))
+    found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name)]
+    return sorted(found, key=_update_of)
+
+
+def _update_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -95,10 +102,11 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
                     raise OSError(f"{name} has {found} bytes; expected {size}")
             weights = load_file(path / WEIGHTS)
             state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            update = int(manifest["update"])
+        except Exception as error:  # damage shows in as many ways as there are readers; it is told
             skipped.append(f"{path.name}: {error}")
             continue
-        return Checkpoint(manifest["update"], weights, state, tuple(skipped))
+        return Checkpoint(update, weights, state, tuple(skipped))
     if skipped:
         raise TrainingError(
             f"no checkpoint under {folder} can be loaded: " + "; ".join(skipped)

@@ -62,6 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigurationError, TrainingError) as error:
         print(f"g2rpo train: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
+    except KeyboardInterrupt:
+        print("g2rpo train: interrupted", file=sys.stderr)
+        return 130
 
 
 def train(arguments: list[str]) -> int:
@@ -79,7 +82,9 @@ def train(arguments: list[str]) -> int:
         run_dir = Path(options["--resume"])
         config = resumed_config(parser, run_dir, overrides)
     elif preset is None and not {"-h", "--help"} & set(overrides):
-        raise ConfigurationError(f"no preset given; expected one of {preset_names()} or a YAML file")
+        raise ConfigurationError(
+            f"no preset given; expected one of {preset_names()} or a YAML file, before the --options"
+        )
     else:
         file = ["--config", str(find_preset(preset))] if preset is not None else []
         config = parse_config(parser, [*file, *overrides])
@@ -134,7 +139,12 @@ def parse_config(parser: ArgumentParser, arguments: Sequence[str]) -> Config:
     """Arguments -> Config. Unknown keys and wrong types exit with a message that names them."""
     from .config import Config
 
-    parsed = parser.parse_args(list(arguments))
+    try:
+        parsed = parser.parse_args(list(arguments))
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"a configuration file in {list(arguments)} cannot be read; expected UTF-8 text: {error}"
+        ) from error
     for f in fields(Config):
         value = parsed[f.name]
         if f.name != "rewards" and not (is_dataclass(value) or hasattr(value, "keys")):

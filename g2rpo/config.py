@@ -83,6 +83,10 @@ class RolloutConfig:
         for g in self.granularities:
             _expect("rollout.granularities", self.granularities, g >= 1, "step sizes of at least 1")
         sigmas = noise_schedule(self.steps, self.shift)
+        _expect(
+            "rollout.shift", self.shift, bool((sigmas.float().diff() < 0).all()),
+            f"one that leaves {self.steps} steps (rollout.steps) decreasing sigmas in float32",
+        )  # fmt: skip
         try:  # eta, dynamics and positions must make a step
             for k in self.sde_positions:
                 gk.step_coefficients(
@@ -147,8 +151,9 @@ class OptimizerConfig:
     def validate(self) -> None:
         _expect("optimizer.lr", self.lr, self.lr > 0 and _finite(self.lr), "> 0")
         _expect("optimizer.betas", self.betas, all(0 <= b < 1 for b in self.betas), "in [0, 1)")
-        _expect("optimizer.eps", self.eps, self.eps > 0, "> 0")
-        _expect("optimizer.weight_decay", self.weight_decay, self.weight_decay >= 0, ">= 0")
+        _expect("optimizer.eps", self.eps, self.eps > 0 and _finite(self.eps), "> 0")
+        decay = self.weight_decay
+        _expect("optimizer.weight_decay", decay, decay >= 0 and _finite(decay), ">= 0")
         _expect("optimizer.max_grad_norm", self.max_grad_norm, self.max_grad_norm > 0, "> 0")
 
 
@@ -180,6 +185,7 @@ class TrainConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             _expect(f"train.{name}", value, value >= low, f"at least {low}")
+        _expect("train.seed", self.seed, self.seed < 2**63, "less than 2^63")
 
 
 @dataclass

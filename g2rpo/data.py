@@ -12,12 +12,18 @@ from .seeds import permutation
 def read_prompts(path: str | Path) -> list[str]:
     """One prompt a line, UTF-8; blank lines are skipped, repeated prompts kept once.
 
-    Raises ConfigurationError when there is no such file or no prompt in it.
+    Raises ConfigurationError when there is no such file, no prompt in it, or other than text.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigurationError(f"data.prompts is {str(path)!r}; expected a text file of prompts")
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # an editor's byte order mark is no prompt's
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"data.prompts is {str(path)!r}; expected UTF-8 text: {error}"
+        ) from error
+    lines = (line.strip() for line in text.splitlines())
     prompts = list(dict.fromkeys(line for line in lines if line))
     if not prompts:
         raise ConfigurationError(f"data.prompts is {str(path)!r}, which holds no prompt")

@@ -54,7 +54,8 @@ def evaluate_policy(
     """Deterministic samples of these prompts from fixed noises, scored by every reward and judge.
 
     Returns metrics keys (reward/<name>/mean and /std, heldout/... for held-out ones, and
-    images/diversity/mean) and the images [M, 3 or 1, H, W]. The noises are the same in every run and for every policy.
+    images/diversity/mean) and the images [M, 3 or 1, H, W]. The noises are the same in every run
+    and for every policy.
     """
     policy = model.policy
     noise = gk.normal(evaluation_seeds(len(prompts)).to(policy.device), model.latent_shape)

@@ -48,7 +48,9 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigurationError(f"model.device is {name!r}, which cannot be used: {error}") from error
+        raise ConfigurationError(
+            f"model.device is {name!r}; expected a device that can be used: {error}"
+        ) from error
     return device
 
 

@@ -1,11 +1,10 @@
-"""The objective: rewards of the finished branches -> advantages -> one clipped policy loss a position."""
+"""The objective: rewards of the finished branches -> advantages; what the policy losses report."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 import g2rpo_kernels as gk

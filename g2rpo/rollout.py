@@ -16,7 +16,6 @@ from torch import Tensor
 import g2rpo_kernels as gk
 
 from .policy import Conditions, FluxPolicy
-from .seeds import branch_seeds
 
 
 def run_ode(
@@ -59,7 +58,7 @@ def branch_out(
     """
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     until = sigmas[: max(positions) + 2]
-    for i, latents, velocity, following in run_ode(policy, noise, conditions, until):
+    for i, latents, velocity, anchors in run_ode(policy, noise, conditions, until):
         if i in positions:
             kept[i] = velocity, latents
         on_rows(len(noise))
@@ -74,18 +73,5 @@ def branch_out(
         latents=latents.unflatten(0, count),
         x_next=x_next.unflatten(0, count).permute(1, 2, 0, *range(3, x_next.ndim + 1)).contiguous(),
         old_log_prob=log_prob.unflatten(0, count),
-        anchors=following,
+        anchors=anchors,
     )
-
-
-def all_branch_seeds(
-    run_seed: int,
-    update: int,
-    prompt_ids: Sequence[int],
-    positions: Sequence[int],
-    group_size: int,
-    device: torch.device,
-) -> Tensor:  # int64 [K, B, G]
-    """The seeds `branch_out` wants."""
-    seeds = [branch_seeds(run_seed, update, prompt_ids, k, group_size) for k in positions]
-    return torch.stack(seeds).to(device)

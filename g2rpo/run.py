@@ -29,7 +29,7 @@ from .checkpoint import load_checkpoint, save_checkpoint
 from .config import Config
 from .errors import ConfigurationError
 from .grids import sample_path, write_grid
-from .metrics import MetricsLog, closing_line
+from .metrics import MetricsLog, closing_line, write_beside
 from .models import load_model
 from .report import write_report
 from .rewards import Reward, import_reward, reward_name
@@ -94,24 +94,23 @@ def start(config: Config, run_dir: Path, *, overwrite: bool = False) -> int:
         for name in CONTENTS:
             path = run_dir / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_config(config, run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"train.output is {str(run_dir)!r}; expected a directory that can be made: {error}"
+        ) from error
     return run.train()
 
 
 def resume(config: Config, run_dir: Path) -> int:
     """Go on with the run in `run_dir`; config is its own, with what may change changed."""
-    run = _Run(config, run_dir)
-    write_config(config, run_dir)
-    return run.train()
+    return _Run(config, run_dir).train()
 
 
 def write_config(config: Config, run_dir: Path) -> None:
-    values = asdict(config)
-    values["optimizer"]["betas"] = list(values["optimizer"]["betas"])
-    partial = run_dir / ".config.yaml.partial"
-    partial.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    partial.rename(run_dir / "config.yaml")
+    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    write_beside(run_dir / "config.yaml", text.encode())
 
 
 def make_rewards(config: Config) -> list[Reward]:
@@ -135,10 +134,12 @@ class _Run:
         self.trainer.on_phase = self.display.phase
         self.trainer.on_evaluations = self.display.advance
         self.saved = 0  # update of the newest checkpoint that can be trusted
+        self.finished = True  # its update's row stands in the log, evaluated if that was due
 
     def train(self) -> int:
         with self.display, self.stop.listening(self.display):
             self._restore()
+            write_config(self.trainer.config, self.run_dir)  # not before: a resume may be refused
             try:
                 self._loop()
             except Interrupted:
@@ -149,7 +150,10 @@ class _Run:
         return self.stop.exit_code
 
     def _restore(self) -> None:
-        """Load the newest whole checkpoint, if there is one, and drop the rows that came after."""
+        """Load the newest whole checkpoint, if there is one, and drop the rows that came after.
+
+        Raises ConfigurationError when that is more updates than train.updates asks for.
+        """
         checkpoint = load_checkpoint(self.run_dir / "checkpoints")
         if checkpoint is None:
             if self.log.path.exists():
@@ -160,9 +164,18 @@ class _Run:
             return
         for skipped in checkpoint.skipped:
             self.display.message(f"Checkpoint passed over, the one before it is used: {skipped}")
+        if checkpoint.update > (updates := self.trainer.config.train.updates):
+            raise ConfigurationError(
+                f"train.updates is {updates}; expected at least {checkpoint.update}, the updates "
+                f"that {self.run_dir} has made"
+            )
         self.trainer.load_state_dict(checkpoint.state, checkpoint.weights)
         self.saved = checkpoint.update
-        self.log.truncate(checkpoint.update)
+        # The newest row is written again, from the checkpoint, where it has yet to be evaluated:
+        # that failed or was interrupted, or is due only now that this is the last update.
+        row = next((r for r in self.log.rows() if r["update"] == checkpoint.update), {})
+        self.finished = "seconds/evaluation" in row or (bool(row) and not self._evaluation_is_due())
+        self.log.truncate(checkpoint.update if self.finished else checkpoint.update - 1)
         self.display.resume(self.log.rows())
         self.display.message(f"Resuming after update {checkpoint.update}")
 
@@ -170,18 +183,23 @@ class _Run:
         trainer, train = self.trainer, self.trainer.config.train
         if trainer.updates == 0:
             self._record({"update": 0, "seconds": 0.0, "evaluations": 0, **self._evaluate()})
+        elif not self.finished:
+            self._finish(trainer.row)
         while trainer.updates < train.updates and not self.stop:
-            row = trainer.update()
-            number = trainer.updates
-            if number % train.evaluate_every == 0 or number == train.updates:
-                row |= self._evaluate()
-            self._record(row)
-            if number % train.save_every == 0:
+            self._finish(trainer.update())
+            if trainer.updates % train.save_every == 0:
                 self._save()
+
+    def _finish(self, row: dict[str, Any]) -> None:
+        self._record(row | self._evaluate() if self._evaluation_is_due() else row)
 
     def _record(self, row: dict[str, Any]) -> None:
         self.log.append(row)
         self.display.row(row)
+
+    def _evaluation_is_due(self) -> bool:
+        number, train = self.trainer.updates, self.trainer.config.train
+        return number % train.evaluate_every == 0 or number == train.updates
 
     def _evaluate(self) -> dict[str, Any]:
         row, images, prompts = self.trainer.evaluate()

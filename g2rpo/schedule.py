@@ -27,7 +27,9 @@ def noise_schedule(steps: int, shift: float) -> Tensor:
     if not shift > 0:
         raise ValueError(f"shift is {shift}; expected a number > 0")
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return shift * t / (1 + (shift - 1) * t)
+    sigmas = shift * t / (1 + (shift - 1) * t)
+    sigmas[0] = 1  # exactly: at shift < 1/2 it would be rounded, and dynamics divide by 1 - sigma
+    return sigmas
 
 
 def completion_path(position: int, granularity: int, steps: int) -> list[int]:

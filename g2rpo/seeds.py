@@ -40,6 +40,19 @@ def branch_seeds(
     return hash_seed(run_seed, update, prompts, position, np.arange(group_size)[None, :])
 
 
+def all_branch_seeds(
+    run_seed: int,
+    update: int,
+    prompt_ids: Sequence[int],
+    positions: Sequence[int],
+    group_size: int,
+    device: torch.device,
+) -> Tensor:  # int64 [K, B, G]
+    """The seeds `branch_out` wants."""
+    seeds = [branch_seeds(run_seed, update, prompt_ids, k, group_size) for k in positions]
+    return torch.stack(seeds).to(device)
+
+
 def anchor_seeds(run_seed: int, update: int, prompt_ids: Sequence[int]) -> Tensor:
     """Seeds of the anchors' initial noise: int64 [P]."""
     prompts = np.asarray(prompt_ids, dtype=np.int64)

@@ -15,8 +15,6 @@ the update, so under `stepping: accumulate` the importance ratio is exactly 1.
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,13 +28,18 @@ import g2rpo_kernels as gk
 from .completions import complete, plan_completions
 from .config import Config
 from .data import PromptSampler
+from .errors import ConfigurationError
 from .evaluation import evaluate_policy, mean_and_std, row_slices, score_latents
+from .memory import peak_memory_bytes
 from .objective import LossStatistics, integrate_advantages
 from .policy import Conditions, Model
 from .rewards import Reward
-from .rollout import Branches, all_branch_seeds, branch_out
+from .rollout import Branches, branch_out
 from .schedule import evaluations_per_prompt, noise_schedule
-from .seeds import anchor_seeds
+from .seeds import all_branch_seeds, anchor_seeds
+
+# Attributes of the trainer that a checkpoint keeps as they are.
+STATE = ("updates", "evaluations", "skipped_updates", "seconds", "row")
 
 
 class Interrupted(Exception):
@@ -89,7 +92,8 @@ class Trainer:
         )
         self.updates = self.evaluations = self.skipped_updates = 0
         self.seconds = 0.0
-        self.midway = False  # a step was taken in an update that is not complete
+        self.row: dict[str, Any] = {}  # metrics of the newest update
+        self.midway = False  # weights and counters are not those of one complete update
         self._phases: dict[str, float] = {}
 
     @property
@@ -121,10 +125,11 @@ class Trainer:
                 )
         with self._phase("update"):
             statistics, norm = self._improve(chunks, conditions, advantages.values)
-        self.updates, self.midway = number, False
+        self.midway = True
+        self.updates = number
         self.evaluations += self.evaluations_per_update
         self.seconds += time.perf_counter() - started
-        return {
+        self.row = {
             "update": number,
             "seconds": self.seconds,
             "evaluations": self.evaluations,
@@ -140,6 +145,8 @@ class Trainer:
             **{f"seconds/{name}": seconds for name, seconds in self._phases.items()},
             "peak_memory_bytes": peak_memory_bytes(self.policy.device),
         }
+        self.midway = False
+        return self.row
 
     def evaluate(self) -> tuple[dict[str, Any], Tensor, list[str]]:
         """The fixed evaluation: metrics keys, images [M, C, H, W] and their prompts.
@@ -159,17 +166,24 @@ class Trainer:
         """All that an undisturbed run would go on with, the transformer's weights apart."""
         return {
             "optimizer": self.optimizer.state_dict(),
-            "updates": self.updates,
-            "evaluations": self.evaluations,
-            "skipped_updates": self.skipped_updates,
-            "seconds": self.seconds,
+            "prompts": self.sampler.prompts,
+            **{name: getattr(self, name) for name in STATE},
         }
 
     def load_state_dict(self, state: dict[str, Any], weights: dict[str, Tensor]) -> None:
-        """Counterpart of `state_dict` and of the transformer's own; strict."""
+        """Counterpart of `state_dict` and of the transformer's own; strict.
+
+        Raises ConfigurationError for other prompts: their ids decide what every update draws.
+        """
+        if state["prompts"] != self.sampler.prompts:
+            raise ConfigurationError(
+                f"data.prompts is {self.config.data.prompts!r}, which holds "
+                f"{len(self.sampler.prompts)} prompts; expected the {len(state['prompts'])} that "
+                "the run was started with, in their order"
+            )
         self.policy.transformer.load_state_dict(weights, strict=True)
         self.optimizer.load_state_dict(state["optimizer"])
-        for name in ("updates", "evaluations", "skipped_updates", "seconds"):
+        for name in STATE:
             setattr(self, name, state[name])
 
     # The parts of an update ---------------------------------------------------------------------
@@ -300,11 +314,3 @@ class Trainer:
         if self.policy.device.type == "cuda":
             torch.cuda.synchronize(self.policy.device)
         self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - started
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory of the process so far: allocated on the GPU, or resident on the host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

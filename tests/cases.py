@@ -13,10 +13,10 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+import formulas
 import torch
 from torch import Tensor
 
-import formulas
 import g2rpo_kernels as gk
 
 

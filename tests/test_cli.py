@@ -115,6 +115,9 @@ MISTAKES = {
     "no rows": (["digits", "--rollout.branch_batch", 0], ["branch_batch is 0"]),
     "one step": (["digits", "--rollout.steps", 1], ["rollout.steps is 1", "at least 2"]),
     "shift": (["digits", "--rollout.shift", -1], ["rollout.shift is -1", "> 0"]),
+    "shift beyond float32": (
+        ["digits", "--rollout.shift", 1e9], ["rollout.shift is 1000000000.0", "decreasing sigmas"],
+    ),
     "eta": (["digits", "--rollout.eta", 0], ["rollout.eta 0.0", "eta > 0"]),
     "cps eta": (
         ["digits", "--rollout.dynamics", "cps", "--rollout.eta", 1.5],
@@ -128,8 +131,12 @@ MISTAKES = {
     "advantage clip": (["digits", "--objective.advantage_clip", -1], ["advantage_clip is -1"]),
     "lr": (["digits", "--optimizer.lr", ".inf"], ["optimizer.lr is inf", "> 0"]),
     "betas": (["digits", "--optimizer.betas", "[0.9, 1.0]"], ["optimizer.betas", "[0, 1)"]),
+    "weight decay": (["digits", "--optimizer.weight_decay", ".inf"], ["decay is inf", ">= 0"]),
+    "optimizer eps": (["digits", "--optimizer.eps", ".inf"], ["optimizer.eps is inf", "> 0"]),
     "updates": (["digits", "--train.updates", 0], ["train.updates is 0", "at least 1"]),
     "seed": (["digits", "--train.seed", -1], ["train.seed is -1"]),
+    "seed of 64 bits": (["digits", "--train.seed", 2**63], ["seed is 9223372036854775808", "2^63"]),
+    "preset at the end": (["--overwrite", "digits"], ["no preset given", "before the --options"]),
     "too many prompts": (["digits", "--train.prompts_per_update", 11], ["is 11", "1 to 10"]),
     "no rewards": (["digits", "--rewards", "[]"], ["rewards is []", "at least one"]),
     "only judges": (
@@ -181,6 +188,23 @@ def test_mistakes_in_a_file(tmp_path, text, expected):
     (tmp_path / "bad.yaml").write_text(text)
     code, _, err = call("train", tmp_path / "bad.yaml")
     assert code == 2 and expected in err
+
+
+def test_file_that_is_not_utf8(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes(b"train: {seed: 1}  # caf\xe9\n")
+    code, _, err = call("train", tmp_path / "latin.yaml")
+    assert code == 2 and "latin.yaml" in err and "expected UTF-8" in err
+
+
+def test_interrupted_early(monkeypatch):
+    """Ctrl-C before there is anything to save: a line, and the shell's code for it."""
+
+    def interrupt(*arguments, **keywords):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("g2rpo.run.start", interrupt)
+    code, _, err = call("train", "digits")
+    assert code == 130 and err == "g2rpo train: interrupted\n"
 
 
 def test_prompts_file_of_other_prompts(tmp_path):

@@ -5,15 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny import TinyModel
+from tiny import TinyModel, brightness, tiny_config
 
-from g2rpo.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from g2rpo.checkpoint import MANIFEST, list_checkpoints, load_checkpoint, save_checkpoint
 from g2rpo.data import PromptSampler, read_prompts
 from g2rpo.errors import ConfigurationError, TrainingError
 from g2rpo.evaluation import diversity
 from g2rpo.objective import integrate_advantages
 from g2rpo.rewards import Reward, import_reward, reward_name, score
 from g2rpo.seeds import anchor_seeds, branch_seeds, evaluation_seeds, hash_seed, splitmix64
+from g2rpo.trainer import Trainer
 
 MASK = 2**64 - 1
 
@@ -82,6 +83,11 @@ def test_prompt_files(tmp_path):
     path.write_text("\n \n")
     with pytest.raises(ConfigurationError, match="holds no prompt"):
         read_prompts(path)
+    path.write_bytes(b"\xef\xbb\xbfa cat\r\ntwo dogs\r\n")  # as an editor of Windows writes it
+    assert read_prompts(path) == ["a cat", "two dogs"]
+    path.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ConfigurationError, match=r"data\.prompts is '.*'; expected UTF-8 text"):
+        read_prompts(path)
     with pytest.raises(ConfigurationError, match="is 3; expected 1 to 2, the number of prompts"):
         PromptSampler(["a", "b"], 3, 0)
 
@@ -120,6 +126,9 @@ def test_reward_contract():
     wrong = Reward("wrong", lambda i, p: torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"'wrong' returned shape \(3, 1\); expected \(3,\)"):
         score(wrong, images, prompts)
+    nothing = Reward("nothing", lambda i, p: None)
+    with pytest.raises(TypeError, match=r"'nothing' returned a NoneType, .* shape \(3,\)"):
+        score(nothing, images, prompts)
     grad = Reward("grad", lambda i, p: i.mean((1, 2, 3)))
     assert not score(grad, images.requires_grad_(), prompts).requires_grad
 
@@ -165,6 +174,54 @@ def test_checkpoints_kept(tmp_path, keep_last, left):
 
 def test_checkpoint_folder_that_is_not_there(tmp_path):
     assert load_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_damaged_checkpoint_displaces_no_whole_one(tmp_path):
+    """What a resume has passed over is not among the newest that are kept."""
+    transformer = TinyModel().policy.transformer
+    for update in (4, 6):
+        save_checkpoint(tmp_path, update, transformer, {}, keep_last=0)
+    (tmp_path / "step-000006" / MANIFEST).write_text("{")
+    save_checkpoint(tmp_path, 5, transformer, {}, keep_last=1)
+    checkpoint = load_checkpoint(tmp_path)
+    assert checkpoint.update == 5 and "step-000006" in checkpoint.skipped[0]
+    assert not (tmp_path / "step-000004").exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"bytes": []}', '{"bytes": {}}'])
+def test_damaged_manifest(tmp_path, text):
+    transformer = TinyModel().policy.transformer
+    for update in (1, 2):
+        save_checkpoint(tmp_path, update, transformer, {}, keep_last=2)
+    (tmp_path / "step-000002" / MANIFEST).write_text(text)
+    assert load_checkpoint(tmp_path).update == 1
+
+
+def test_half_written_checkpoints_are_cleared_away(tmp_path):
+    """Whatever update they are of: at FLUX's size each is tens of gigabytes."""
+    (tmp_path / ".step-000003.partial" / "transformer").mkdir(parents=True)
+    save_checkpoint(tmp_path, 4, TinyModel().policy.transformer, {}, keep_last=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for update in (1_000_000, 999_999):
+        (tmp_path / f"step-{update:06d}").mkdir()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
+
+
+def test_other_prompts_are_another_run():
+    """A prompts file edited between start and resume would change every draw from there on."""
+
+    def trainer(prompts):
+        rewards = [Reward("brightness", brightness)]
+        return Trainer(tiny_config(), TinyModel(prompts=prompts), rewards)
+
+    first, other = trainer(["up", "down"]), trainer(["down", "up"])
+    state, weights = first.state_dict(), first.policy.transformer.state_dict()
+    trainer(["up", "down"]).load_state_dict(state, weights)
+    with pytest.raises(ConfigurationError, match="data.prompts .* started with, in their order"):
+        other.load_state_dict(state, weights)
 
 
 def test_diversity():

@@ -65,7 +65,7 @@ def test_append_wants_an_update_number(tmp_path, update) -> None:
 def test_a_last_line_torn_anywhere_is_dropped_and_appended_over(tmp_path) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = {"update": 0, "loss": 1.0}
-    torn = '{"update": 1, "loss": -2.5e-07, "name": "\\u00e9"}'.encode()
+    torn = b'{"update": 1, "loss": -2.5e-07, "name": "\\u00e9"}'
     for cut in range(len(torn) + 1):
         path.write_bytes(json.dumps(whole).encode() + b"\n" + torn[:cut])
         complete = cut == len(torn)  # only its newline is missing: nothing is lost

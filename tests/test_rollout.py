@@ -1,4 +1,4 @@
-"""Anchor, branches and completions: what is evaluated, how often, and that sharing changes nothing."""
+"""Anchor, branches, completions: what is evaluated how often, and that sharing changes nothing."""
 
 from collections import Counter
 
@@ -8,9 +8,9 @@ from tiny import TinyModel
 
 import g2rpo_kernels as gk
 from g2rpo.completions import complete, plan_completions
-from g2rpo.rollout import all_branch_seeds, branch_out, run_ode
+from g2rpo.rollout import branch_out, run_ode
 from g2rpo.schedule import noise_schedule
-from g2rpo.seeds import anchor_seeds
+from g2rpo.seeds import all_branch_seeds, anchor_seeds
 
 T, G, POSITIONS = 16, 12, list(range(8))
 SIGMAS = noise_schedule(T, 3.0)
@@ -55,7 +55,10 @@ def expected_evaluations(granularities) -> int:
     return total
 
 
-@pytest.mark.parametrize("granularities, published", [([1], 1120), ([1, 2], 1504), ([1, 2, 3], 1708)])
+PUBLISHED = [([1], 1120), ([1, 2], 1504), ([1, 2, 3], 1708)]
+
+
+@pytest.mark.parametrize("granularities, published", PUBLISHED)
 def test_evaluations_of_one_prompt(granularities, published):
     """Counted by a hook on the transformer, and each (sigma, latents) evaluated once."""
     model = TinyModel()

@@ -42,10 +42,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 
-def g2rpo(*arguments: object, code: int = 0) -> subprocess.CompletedProcess:
+def g2rpo(*arguments: object, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        [*CLI, *map(str, arguments)], env=environment(), capture_output=True, text=True, timeout=120
-    )
+        [*CLI, *map(str, arguments)], env=environment() | variables, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -116,9 +117,11 @@ def start_slowly(small: Path, run_dir: Path) -> subprocess.Popen:
 
 
 def named_as_undisturbed(run_dir: Path) -> None:
-    """The slow reward has a name of its own; compare under one."""
+    """The slow reward and the fragile judge have names of their own; compare under one."""
     text = (run_dir / "metrics.jsonl").read_text()
-    (run_dir / "metrics.jsonl").write_text(text.replace("slow_brightness", "brightness"))
+    for name in ("slow_", "fragile_"):
+        text = text.replace(name, "")
+    (run_dir / "metrics.jsonl").write_text(text)
 
 
 def test_kill_9_and_resume(small, tmp_path, undisturbed):
@@ -156,6 +159,34 @@ def test_stop_and_resume(small, tmp_path, undisturbed, number):
     g2rpo("--resume", run_dir)
     named_as_undisturbed(run_dir)
     assert_same_run(run_dir, undisturbed)
+
+
+@pytest.mark.parametrize("evaluation, update", [(2, 3), (3, 6)])
+def test_failed_evaluation_and_resume(small, tmp_path, undisturbed, evaluation, update):
+    """The update before it is kept, and its row, evaluated, is written by the resume."""
+    run_dir = tmp_path / "failed"
+    judge = '{"name": "tiny_cli:fragile_contrast", "heldout": true}'
+    rewards = ("--rewards", f'[{{"name": "tiny:brightness"}}, {judge}]')
+    done = g2rpo(small, "--train.output", run_dir, *rewards, code=1, FAILS_AT=str(evaluation))
+    assert "the judge does not answer" in done.stderr
+    assert (run_dir / "checkpoints" / f"step-{update:06d}").exists()
+    g2rpo("--resume", run_dir)
+    named_as_undisturbed(run_dir)
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_a_run_ended_early_is_evaluated_at_its_end(copied):
+    shutil.rmtree(copied / "checkpoints" / "step-000006")
+    g2rpo("--resume", copied, "--train.updates", 4)
+    assert [row["update"] for row in rows(copied)] == list(range(5))
+    assert "heldout/contrast/mean" in rows(copied)[-1] and "grad_norm" in rows(copied)[-1]
+
+
+def test_resume_to_fewer_updates_than_made(copied):
+    before = (copied / "config.yaml").read_text()
+    done = g2rpo("--resume", copied, "--train.updates", 5, code=2)
+    assert "train.updates is 5; expected at least 6" in done.stderr
+    assert (copied / "config.yaml").read_text() == before and len(rows(copied)) == 7
 
 
 @pytest.fixture
@@ -230,6 +261,8 @@ def test_output_that_is_a_file(small, tmp_path):
     (tmp_path / "file").write_text("")
     done = g2rpo(small, "--train.output", tmp_path / "file", code=2)
     assert "expected a directory" in done.stderr
+    done = g2rpo(small, "--train.output", tmp_path / "file" / "run", code=2)
+    assert "expected a directory that can be made" in done.stderr
 
 
 def test_all_judges_failing_saves_and_says(small, tmp_path):

@@ -20,6 +20,13 @@ def test_schedule_values():
     assert torch.equal(noise_schedule(4, 1.0), torch.tensor([1, 0.75, 0.5, 0.25, 0]).double())
 
 
+@pytest.mark.parametrize("shift", [1e-17, 0.1, 0.2, 0.3, 1.15, 3.0, 7.3])
+def test_schedule_starts_at_one_exactly(shift):
+    """A first sigma that misses 1 by rounding would divide by what it misses."""
+    sigmas = noise_schedule(16, shift)
+    assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas[1:] < sigmas[:-1]).all()
+
+
 @pytest.mark.parametrize("steps, shift, name", [(0, 3.0, "steps"), (16, 0.0, "shift")])
 def test_schedule_refuses(steps, shift, name):
     with pytest.raises(ValueError, match=f"{name} is 0"):

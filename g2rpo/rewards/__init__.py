@@ -2,6 +2,7 @@
 
     images: [N, 3 or 1, H, W] float in [0, 1], on the device of the policy
     prompts: list of N strings
+    (both are shared with the other rewards: not to be changed in place)
     returns: [N] numbers, higher is better; NaN for an image that could not be scored
 
 A NaN makes that image's group contribute nothing, and is counted; it is never scored as 0.
@@ -43,7 +44,7 @@ def import_reward(path: str) -> RewardFunction:
             raise  # the module is there and misses something else
         raise ConfigurationError(
             f"reward is {path!r}; expected an importable module, but there is no {error.name!r} "
-            "on sys.path"
+            "on sys.path (for a file in this folder: PYTHONPATH=.)"
         ) from error
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -65,7 +66,13 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Call a reward and hold it to its contract. Returns float64 [N] on the images' device."""
     with torch.no_grad():
         values = reward.function(images, list(prompts))
-    values = torch.as_tensor(values, device=images.device)
+    try:
+        values = torch.as_tensor(values, device=images.device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"reward {reward.name!r} returned a {type(values).__name__}, no tensor ({error}); "
+            f"expected shape ({len(images)},), one number an image"
+        ) from error
     if values.shape != (len(images),):
         raise ValueError(
             f"reward {reward.name!r} returned shape {tuple(values.shape)}; expected "
