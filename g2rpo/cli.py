@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # Top-level modules that `pip install g2rpo` alone does not bring.
 TRAIN_EXTRA = (
-    "accelerate", "diffusers", "jinja2", "jsonargparse", "matplotlib", "PIL", "platformdirs", "rich",
-    "safetensors", "sklearn", "threadpoolctl", "transformers", "yaml",
+    "accelerate", "diffusers", "jinja2", "jsonargparse", "matplotlib", "PIL", "platformdirs",
+    "rich", "safetensors", "sklearn", "threadpoolctl", "transformers", "yaml",
 )  # fmt: skip
 PRESETS = Path(__file__).parent / "presets"
 USAGE = """\
@@ -77,13 +77,13 @@ def train(arguments: list[str]) -> int:
     if options["--resume"] is not None:
         if preset is not None or options["--overwrite"] is not None:
             raise ConfigurationError(
-                "--resume goes on with a run as it is; expected no preset and no --overwrite with it"
+                "--resume goes on with a run; expected no preset and no --overwrite beside it"
             )
         run_dir = Path(options["--resume"])
         config = resumed_config(parser, run_dir, overrides)
     elif preset is None and not {"-h", "--help"} & set(overrides):
         raise ConfigurationError(
-            f"no preset given; expected one of {preset_names()} or a YAML file, before the --options"
+            f"no preset given; expected one of {preset_names()} or a YAML file, before --options"
         )
     else:
         file = ["--config", str(find_preset(preset))] if preset is not None else []
@@ -132,7 +132,9 @@ def find_preset(name: str) -> Path:
         return builtin
     if file.is_file():
         return file
-    raise ConfigurationError(f"{name!r} is neither a preset, one of {preset_names()}, nor a YAML file")
+    raise ConfigurationError(
+        f"{name!r} is neither a preset, one of {preset_names()}, nor a YAML file"
+    )
 
 
 def parse_config(parser: ArgumentParser, arguments: Sequence[str]) -> Config:
@@ -143,7 +145,7 @@ def parse_config(parser: ArgumentParser, arguments: Sequence[str]) -> Config:
         parsed = parser.parse_args(list(arguments))
     except UnicodeDecodeError as error:
         raise ConfigurationError(
-            f"a configuration file in {list(arguments)} cannot be read; expected UTF-8 text: {error}"
+            f"a file named in {list(arguments)} cannot be read; expected UTF-8 text: {error}"
         ) from error
     for f in fields(Config):
         value = parsed[f.name]

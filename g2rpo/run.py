@@ -234,6 +234,6 @@ class _Run:
 
 def _announce_pretraining(step: int, steps: int, loss: float) -> None:
     if step == 1:
-        print("Pre-training the digits model by flow matching (once; then it is cached)", flush=True)
+        print("Pre-training the digits model by flow matching (once, then cached)", flush=True)
     if step % 50 == 0 or step == steps:
         print(f"  step {step}/{steps}, loss {loss:.3f}", flush=True)

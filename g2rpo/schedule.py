@@ -38,7 +38,9 @@ def completion_path(position: int, granularity: int, steps: int) -> list[int]:
     position: SDE position k, 0 <= k <= steps - 2. granularity: step size in sigmas, >= 1.
     """
     if not 0 <= position <= steps - 2:
-        raise ValueError(f"position is {position}; expected 0 <= position <= steps - 2 = {steps - 2}")
+        raise ValueError(
+            f"position is {position}; expected 0 <= position <= steps - 2 = {steps - 2}"
+        )
     if granularity < 1:
         raise ValueError(f"granularity is {granularity}; expected at least 1")
     return [position + 1, *range(position + 2, steps + 1, granularity)][:-1]

@@ -101,7 +101,7 @@ MISTAKES = {
     "unknown key": (["digits", "--train.updats", 3], ["--train.updats"]),
     "no abbreviation": (["digits", "--train.update", 3], ["--train.update"]),
     "wrong type": (["digits", "--train.updates", "abc"], ["train.updates", "int", "abc"]),
-    "unknown choice": (["digits", "--rollout.dynamics", "sde"], ["rollout.dynamics", "sde", "flow"]),
+    "unknown choice": (["digits", "--rollout.dynamics", "x"], ["rollout.dynamics", "'x'", "flow"]),
     "ode is no SDE": (["digits", "--rollout.dynamics", "ode"], ["rollout.dynamics", "ode"]),
     "position beyond T-2": (
         ["digits", "--rollout.sde_positions", "[0,15]"],
@@ -160,7 +160,7 @@ MISTAKES = {
     ),
     "model path": (["digits", "--model.path", "cifar"], ["model.path is 'cifar'", "'digits'"]),
     "device": (["digits", "--model.device", "gpu"], ["model.device is 'gpu'"]),
-    "prompts file": (["digits", "--data.prompts", "nowhere.txt"], ["data.prompts is 'nowhere.txt'"]),
+    "prompts file": (["digits", "--data.prompts", "nowhere.txt"], ["is 'nowhere.txt'; expected"]),
     "resume without a run": (["--resume"], ["--resume has no value"]),
 }  # fmt: skip
 

@@ -57,7 +57,7 @@ def test_seeds_do_not_collide():
     for seed in (0, 1):
         for update in (1, 2, 3):
             drawn.append(anchor_seeds(seed, update, list(range(20))).flatten())
-            drawn += [branch_seeds(seed, update, list(range(20)), k, 12).flatten() for k in range(8)]
+            drawn += [branch_seeds(seed, update, range(20), k, 12).flatten() for k in range(8)]
     drawn = torch.cat(drawn)
     assert len(drawn.unique()) == len(drawn)
 
@@ -225,7 +225,7 @@ def test_other_prompts_are_another_run():
 
 
 def test_diversity():
-    """A pixel's spread over the images of one prompt; what differs between prompts does not count."""
+    """A pixel's spread over one prompt's images; what differs between prompts does not count."""
     images = torch.zeros(5, 1, 2, 2)
     images[2:4] = 1.0  # prompt b: two alike
     images[1, 0, 0, 0] = 0.5  # prompt a: one pixel of four differs, 0 and 0.5

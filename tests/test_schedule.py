@@ -74,7 +74,7 @@ def test_tree_has_a_node_a_prefix(granularities, steps):
         assert tree.count() == distinct_prefixes(position, granularities, steps)
         ends = []
 
-        def walk(node, depth):
+        def walk(node, depth, ends=ends):
             ends.extend((index, depth) for index in node.finished)
             below = [walk(child, depth + 1) for child in node.children]
             assert node.remaining == 1 + max(below, default=0)
