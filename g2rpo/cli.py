@@ -83,7 +83,7 @@ def train(arguments: list[str]) -> int:
         config = resumed_config(parser, run_dir, overrides)
     elif preset is None and not {"-h", "--help"} & set(overrides):
         raise ConfigurationError(
-            f"no preset given; expected one of {preset_names()} or a YAML file, before --options"
+            f"no preset given; expected one of {preset_names()} or a YAML file, before the options"
         )
     else:
         file = ["--config", str(find_preset(preset))] if preset is not None else []

@@ -58,11 +58,12 @@ def branch_out(
     """
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     until = sigmas[: max(positions) + 2]
+    anchors = noise
     for i, latents, velocity, following in run_ode(policy, noise, conditions, until):
         if i in positions:
             kept[i] = velocity, latents
+        anchors = following
         on_rows(len(noise))
-    anchors = following
     velocity, latents = (torch.cat([kept[k][part] for k in positions]) for part in (0, 1))
     # All positions in one call, a row a (position, prompt): the draws of a row are its own.
     rows = gk.StepCoefficients(

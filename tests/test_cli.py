@@ -101,7 +101,7 @@ MISTAKES = {
     "unknown key": (["digits", "--train.updats", 3], ["--train.updats"]),
     "no abbreviation": (["digits", "--train.update", 3], ["--train.update"]),
     "wrong type": (["digits", "--train.updates", "abc"], ["train.updates", "int", "abc"]),
-    "unknown choice": (["digits", "--rollout.dynamics", "x"], ["rollout.dynamics", "'x'", "flow"]),
+    "unknown choice": (["digits", "--rollout.dynamics", "x"], ["rollout.dynamics", "x", "flow"]),
     "ode is no SDE": (["digits", "--rollout.dynamics", "ode"], ["rollout.dynamics", "ode"]),
     "position beyond T-2": (
         ["digits", "--rollout.sde_positions", "[0,15]"],
@@ -136,7 +136,7 @@ MISTAKES = {
     "updates": (["digits", "--train.updates", 0], ["train.updates is 0", "at least 1"]),
     "seed": (["digits", "--train.seed", -1], ["train.seed is -1"]),
     "seed of 64 bits": (["digits", "--train.seed", 2**63], ["seed is 9223372036854775808", "2^63"]),
-    "preset at the end": (["--overwrite", "digits"], ["no preset given", "before the --options"]),
+    "preset at the end": (["--overwrite", "digits"], ["no preset given", "before the options"]),
     "too many prompts": (["digits", "--train.prompts_per_update", 11], ["is 11", "1 to 10"]),
     "no rewards": (["digits", "--rewards", "[]"], ["rewards is []", "at least one"]),
     "only judges": (
