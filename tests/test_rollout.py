@@ -4,13 +4,15 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import TinyModel
+from tiny import TinyModel, brightness, tiny_config
 
 import g2rpo_kernels as gk
 from g2rpo.completions import complete, plan_completions
+from g2rpo.rewards import Reward
 from g2rpo.rollout import branch_out, run_ode
 from g2rpo.schedule import noise_schedule
 from g2rpo.seeds import all_branch_seeds, anchor_seeds
+from g2rpo.trainer import Trainer
 
 T, G, POSITIONS = 16, 12, list(range(8))
 SIGMAS = noise_schedule(T, 3.0)
@@ -215,3 +217,23 @@ def test_guidance_and_sigma_per_row():
             torch.testing.assert_close(one[0], together[row], atol=1e-5, rtol=0)
         model.policy.guidance = 1.0
         assert not torch.allclose(model.policy.velocity(x, sigma, conditions), together, atol=1e-4)
+
+
+@pytest.mark.parametrize("granularities, published", PUBLISHED)
+def test_evaluations_of_a_whole_update(granularities, published):
+    """The trainer's own update of one prompt: the published count, and 8 more with gradients."""
+    config = tiny_config(
+        steps=T, sde_positions=POSITIONS, granularities=granularities, group_size=G, branch_batch=4
+    )
+    config.train.prompts_per_update = 1
+    trainer = Trainer(config, TinyModel(), [Reward("brightness", brightness)])
+    rows = Counter()
+
+    def hook(module, arguments, keywords):
+        rows[torch.is_grad_enabled()] += len(keywords["timestep"])
+
+    trainer.policy.transformer.register_forward_pre_hook(hook, with_kwargs=True)
+    row = trainer.update()
+    assert rows[False] - trainer.plan.padding == published
+    assert rows[True] == len(POSITIONS)
+    assert row["evaluations"] == published + len(POSITIONS)
