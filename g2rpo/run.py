@@ -205,7 +205,14 @@ class _Run:
         row, images, prompts = self.trainer.evaluate()
         samples, shown = self.run_dir / "samples", slice(0, GRID_IMAGES)
         samples.mkdir(exist_ok=True)
-        write_grid(images[shown], prompts[shown], sample_path(samples, self.trainer.updates))
+        broken = int((~images.isfinite()).flatten(1).any(1).sum())
+        if broken:  # no reason to end a run; the scores of such images are NaN and counted as such
+            self.display.message(
+                f"Update {self.trainer.updates}: {broken} of {len(images)} evaluation images hold "
+                "NaN or infinite pixels; no grid of samples is drawn"
+            )
+        else:
+            write_grid(images[shown], prompts[shown], sample_path(samples, self.trainer.updates))
         return row
 
     def _save(self) -> None:
