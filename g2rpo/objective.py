@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 import g2rpo_kernels as gk
@@ -54,37 +55,15 @@ def integrate_advantages(
     )
 
 
-@dataclass
-class LossStatistics:
-    """Running means over the policy losses of one update."""
-
-    calls: int = 0
-    loss: float = 0.0
-    ratio_mean: float = 0.0
-    ratio_max: float = 0.0
-    clip_fraction: float = 0.0
-    approx_kl: float = 0.0
-
-    def add(self, out: gk.PolicyLoss) -> None:
-        ratio_mean, ratio_max, clip_fraction, approx_kl, _ = out.statistics.tolist()
-        previous = self.calls
-        self.calls += 1
-        for name, value in (
-            ("loss", float(out.loss.detach())),
-            ("ratio_mean", ratio_mean),
-            ("clip_fraction", clip_fraction),
-            ("approx_kl", approx_kl),
-        ):
-            setattr(self, name, (getattr(self, name) * previous + value) / self.calls)
-        self.ratio_max = max(self.ratio_max, ratio_max)
-
-    def row(self) -> dict[str, float]:
-        """The metrics row's keys."""
-        return {
-            "loss": self.loss,
-            "ratio_mean": self.ratio_mean,
-            "ratio_max": self.ratio_max,
-            "clip_fraction": self.clip_fraction,
-            "approx_kl": self.approx_kl,
-        }
-
+def summarise_losses(losses: Sequence[gk.PolicyLoss]) -> dict[str, float]:
+    """The metrics row's keys over the policy losses of one update, in one transfer: means, and of
+    ratio_max the largest. A NaN in any of them is a NaN in the row."""
+    table = torch.stack([torch.cat([out.loss.view(1), out.statistics]) for out in losses]).double()
+    loss, ratio_mean, _, clip_fraction, approx_kl, _ = table.mean(0).tolist()
+    return {
+        "loss": loss,
+        "ratio_mean": ratio_mean,
+        "ratio_max": float(table[:, 2].max()),
+        "clip_fraction": clip_fraction,
+        "approx_kl": approx_kl,
+    }

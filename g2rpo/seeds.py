@@ -33,24 +33,16 @@ def hash_seed(*parts: int | np.ndarray) -> Tensor:
 
 
 def branch_seeds(
-    run_seed: int, update: int, prompt_ids: Sequence[int], position: int, group_size: int
-) -> Tensor:
-    """Seeds of one SDE position's branches: int64 [P, group_size]."""
-    prompts = np.asarray(prompt_ids, dtype=np.int64)[:, None]
-    return hash_seed(run_seed, update, prompts, position, np.arange(group_size)[None, :])
-
-
-def all_branch_seeds(
     run_seed: int,
     update: int,
-    prompt_ids: Sequence[int],
-    positions: Sequence[int],
+    prompt_ids: Sequence[int],  # P
+    positions: Sequence[int],  # K SDE positions
     group_size: int,
-    device: torch.device,
-) -> Tensor:  # int64 [K, B, G]
-    """The seeds `branch_out` wants."""
-    seeds = [branch_seeds(run_seed, update, prompt_ids, k, group_size) for k in positions]
-    return torch.stack(seeds).to(device)
+) -> Tensor:  # int64 [K, P, group_size]
+    """Seeds of all branches of an update."""
+    prompts = np.asarray(prompt_ids, dtype=np.int64)[None, :, None]
+    steps = np.asarray(positions, dtype=np.int64)[:, None, None]
+    return hash_seed(run_seed, update, prompts, steps, np.arange(group_size))
 
 
 def anchor_seeds(run_seed: int, update: int, prompt_ids: Sequence[int]) -> Tensor:

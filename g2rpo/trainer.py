@@ -31,12 +31,12 @@ from .data import PromptSampler
 from .errors import ConfigurationError
 from .evaluation import evaluate_policy, mean_and_std, row_slices, score_latents
 from .memory import peak_memory_bytes
-from .objective import LossStatistics, integrate_advantages
+from .objective import integrate_advantages, summarise_losses
 from .policy import Conditions, Model
 from .rewards import Reward
 from .rollout import Branches, branch_out
 from .schedule import evaluations_per_prompt, noise_schedule
-from .seeds import all_branch_seeds, anchor_seeds
+from .seeds import anchor_seeds, branch_seeds
 
 # Attributes of the trainer that a checkpoint keeps as they are.
 STATE = ("updates", "evaluations", "skipped_updates", "seconds", "row")
@@ -90,20 +90,18 @@ class Trainer:
             weight_decay=config.optimizer.weight_decay,
             fused=True,
         )
+        # Transformer evaluations of one update, forwards with gradients included.
+        self.evaluations_per_update = train.prompts_per_update * (
+            len(self.positions)
+            + evaluations_per_prompt(
+                rollout.steps, self.positions, rollout.granularities, rollout.group_size
+            )
+        )
         self.updates = self.evaluations = self.skipped_updates = 0
         self.seconds = 0.0
         self.row: dict[str, Any] = {}  # metrics of the newest update
         self.midway = False  # weights and counters are not those of one complete update
         self._phases: dict[str, float] = {}
-
-    @property
-    def evaluations_per_update(self) -> int:
-        """Transformer evaluations of one update, forwards with gradients included."""
-        rollout = self.config.rollout
-        per_prompt = evaluations_per_prompt(
-            rollout.steps, self.positions, rollout.granularities, rollout.group_size
-        )
-        return self.config.train.prompts_per_update * (per_prompt + len(self.positions))
 
     def update(self) -> dict[str, Any]:
         """One update of the policy. Returns its metrics row.
@@ -124,7 +122,7 @@ class Trainer:
                     rewards, self.config.rollout.group_size, [r.weight for r in self.trained]
                 )
         with self._phase("update"):
-            statistics, norm = self._improve(chunks, conditions, advantages.values)
+            losses, norm = self._improve(chunks, conditions, advantages.values)
         self.midway = True
         self.updates = number
         self.evaluations += self.evaluations_per_update
@@ -134,7 +132,7 @@ class Trainer:
             "seconds": self.seconds,
             "evaluations": self.evaluations,
             "lr": self.config.optimizer.lr,
-            **statistics.row(),
+            **summarise_losses(losses),
             "grad_norm": norm,
             "advantage_std": advantages.std,
             "reward_groups": advantages.groups,
@@ -205,9 +203,9 @@ class Trainer:
                 noise = gk.normal(
                     anchor_seeds(seed, number, ids).to(device), self.model.latent_shape
                 )
-                seeds = all_branch_seeds(
-                    seed, number, ids, self.positions, self.config.rollout.group_size, device
-                )
+                seeds = branch_seeds(
+                    seed, number, ids, self.positions, self.config.rollout.group_size
+                ).to(device)
                 chunks.append(
                     branch_out(
                         self.policy, noise, conditions[rows], self.sigmas,
@@ -245,10 +243,10 @@ class Trainer:
 
     def _improve(
         self, chunks: Sequence[Branches], conditions: Conditions, advantages: Tensor
-    ) -> tuple[LossStatistics, float]:
-        """The policy losses and the optimizer's step or steps. Returns their mean gradient norm."""
+    ) -> tuple[list[gk.PolicyLoss], float]:  # one a forward; mean gradient norm
+        """The policy losses and the optimizer's step or steps."""
         per_position = self.config.objective.stepping == "per_position"
-        statistics, norms = LossStatistics(), []
+        losses, norms = [], []
         self.optimizer.zero_grad(set_to_none=True)
         for index in range(len(self.positions)):
             for chunk, rows in zip(chunks, self._chunks(len(conditions)), strict=True):
@@ -257,13 +255,13 @@ class Trainer:
                 # when positions are accumulated, over positions.
                 share = chunk.latents.shape[1] / len(conditions)
                 (out.loss * (share if per_position else share / len(self.positions))).backward()
-                statistics.add(out)
+                losses.append(out._replace(loss=out.loss.detach()))
             if per_position:
                 norms.append(self._step())
         if not per_position:
             norms.append(self._step())
         self.skipped_updates += not any(0 < norm < math.inf for norm in norms)
-        return statistics, sum(norms) / len(norms)
+        return losses, sum(norms) / len(norms)
 
     def _policy_loss(
         self, index: int, chunk: Branches, conditions: Conditions, advantages: Tensor

@@ -49,15 +49,13 @@ class _Op:
     def select(self, device_type: str) -> Callable:
         if _forced is not None:
             if _forced not in self.implementations:
-                raise NotImplementedError(
+                raise RuntimeError(
                     f"use_backend({_forced!r}): op {self.name!r} has no such implementation; "
                     f"it has {sorted(self.implementations)}"
                 )
             return self.implementations[_forced]
-        for backend in PRIORITY.get(device_type, ("reference",)):
-            if backend in self.implementations:
-                return self.implementations[backend]
-        raise NotImplementedError(f"op {self.name!r} has no implementation for {device_type!r}")
+        order = PRIORITY.get(device_type, ("reference",))  # ends with the one every op has
+        return self.implementations[next(b for b in order if b in self.implementations)]
 
 
 _ops: dict[str, _Op] = {}
@@ -145,8 +143,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every op on one backend inside the `with` block, in the whole process.
 
     name: "reference", "cpu", "triton" or "cuda".
-    Raises ValueError for an unknown name, RuntimeError (with the reason) for one that is not
-    available, and NotImplementedError when an op without that backend is called.
+    Raises ValueError for an unknown name and RuntimeError (with the reason) for one that is not
+    available; an op without that backend raises RuntimeError when it is called.
     """
     global _forced
     if name not in BACKENDS:

@@ -133,7 +133,7 @@ def _fake(velocity, latents, x_next, table):
 
 
 def _no_second_backward(ctx, grad):
-    raise NotImplementedError(
+    raise RuntimeError(
         "branch_log_prob and policy_loss can be differentiated once; their gradient has none"
     )
 

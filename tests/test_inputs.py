@@ -43,7 +43,7 @@ def test_splitmix_known_values():
 
 
 def test_seeds_are_the_documented_chain():
-    seeds = branch_seeds(3, 17, [5, 900], 6, 12)
+    seeds = branch_seeds(3, 17, [5, 900], [6], 12)[0]
     assert seeds.shape == (2, 12) and seeds.dtype == torch.int64
     for row, prompt in enumerate((5, 900)):
         assert seeds[row].tolist() == [chain(3, 17, prompt, 6, g) for g in range(12)]
@@ -57,7 +57,7 @@ def test_seeds_do_not_collide():
     for seed in (0, 1):
         for update in (1, 2, 3):
             drawn.append(anchor_seeds(seed, update, list(range(20))).flatten())
-            drawn += [branch_seeds(seed, update, range(20), k, 12).flatten() for k in range(8)]
+            drawn.append(branch_seeds(seed, update, range(20), range(8), 12).flatten())
     drawn = torch.cat(drawn)
     assert len(drawn.unique()) == len(drawn)
 

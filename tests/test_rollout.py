@@ -11,7 +11,7 @@ from g2rpo.completions import complete, plan_completions
 from g2rpo.rewards import Reward
 from g2rpo.rollout import branch_out, run_ode
 from g2rpo.schedule import noise_schedule
-from g2rpo.seeds import all_branch_seeds, anchor_seeds
+from g2rpo.seeds import anchor_seeds, branch_seeds
 from g2rpo.trainer import Trainer
 
 T, G, POSITIONS = 16, 12, list(range(8))
@@ -23,7 +23,7 @@ def roll_out(model, prompt_ids, positions=POSITIONS, group_size=G, update=1):
     conditions = model.embed(prompts)
     noise = gk.normal(anchor_seeds(0, update, prompt_ids), model.latent_shape)
     coefficients = gk.step_coefficients(SIGMAS[positions], SIGMAS[[k + 1 for k in positions]], 0.7)
-    seeds = all_branch_seeds(0, update, prompt_ids, positions, group_size, torch.device("cpu"))
+    seeds = branch_seeds(0, update, prompt_ids, positions, group_size)
     with torch.no_grad():
         branches = branch_out(
             model.policy, noise, conditions, SIGMAS.float(), positions, coefficients, seeds
