@@ -53,7 +53,7 @@ def check_rows(velocity: Tensor, latents: Tensor) -> None:
     if velocity.ndim < 1:
         raise ValueError("velocity has no dimensions; expected [P, *S] with P rows first")
     check_like("latents", latents, "velocity", velocity)
-    if 0 in velocity.shape[1:]:
+    if velocity.numel() == 0 and 0 in velocity.shape[1:]:
         raise ValueError(
             f"velocity has shape {tuple(velocity.shape)}; expected at least one element a row"
         )
@@ -90,11 +90,11 @@ def check_branches(name: str, x: Tensor, velocity: Tensor) -> tuple[int, ...]:
     """x: [P, G, *S] or [P, *S] beside velocity [P, *S]. Returns (P, G) or (P,)."""
     check_floating(name, x)
     check_device(name, x, "velocity", velocity)
-    rows, row_shape = velocity.shape[0], velocity.shape[1:]
-    if x.shape == velocity.shape:
-        return (rows,)
-    if x.ndim == velocity.ndim + 1 and x.shape[0] == rows and x.shape[2:] == row_shape:
-        return (rows, x.shape[1])
+    shape, row = x.shape, velocity.shape
+    if shape == row:
+        return (row[0],)
+    if len(shape) == len(row) + 1 and shape[0] == row[0] and shape[2:] == row[1:]:
+        return (shape[0], shape[1])
     raise ValueError(
         f"{name} has shape {tuple(x.shape)}; expected [P, G, *S] or [P, *S] with [P, *S] = "
         f"{tuple(velocity.shape)}, the shape of velocity"

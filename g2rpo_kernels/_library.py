@@ -1,20 +1,24 @@
 """Registration: schema, fake, autograd and backend choice of one op, in one call.
 
 An op is defined once with its PyTorch reference. Backends add implementations with the same
-signature; which one runs is decided per device type, by `PRIORITY`, inside the op. So a traced
-graph holds the op itself and never a backend, and `use_backend` acts on compiled code too.
+signature; which one runs is decided per device, by `PRIORITY`, inside the op. So a traced graph
+holds the op itself and never a backend, and `use_backend` acts on compiled code too.
 
 `Library.define/impl` is used and not `torch.library.custom_op`: an eager call of the latter costs
-about three times as much, and these ops are called on tensors small enough to notice.
+about three times as much, and these ops are called on tensors small enough to notice. For the same
+reason `Operator.__call__` goes past torch's dispatcher where nothing listens to it.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 LIBRARY = torch.library.Library("g2rpo", "DEF")
 
@@ -23,11 +27,13 @@ PRIORITY = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 # Why a backend has no implementations. A backend that loads removes its line.
-_absent = {
-    "cpu": "the native extension g2rpo_kernels._C is not part of this build",
-    "triton": "no Triton kernels are part of this build",
-    "cuda": "the native extension g2rpo_kernels._C is not part of this build",
-}
+_absent = {name: "not part of this build" for name in BACKENDS[1:]}
+# What says whether a backend that has implementations can run on a device: None, or why not.
+_probes: dict[str, Callable[[torch.device], str | None]] = {}
+# What the probes answered. A GPU is asked at its first use, not when the package loads: asking
+# creates a CUDA context, which costs memory and forbids fork.
+_answers: dict[tuple[str, torch.device], str | None] = {}
+_warned: set[str] = set()  # device types whose user knows that the reference serves them
 # Process-wide and not thread-local: autograd runs backward ops on threads of its own.
 _forced: str | None = None
 
@@ -41,24 +47,110 @@ class BackendStatus:
     reason: str  # why it is used, or why it is not there
 
 
-@dataclass
-class _Op:
-    name: str
-    implementations: dict[str, Callable] = field(default_factory=dict)
+class Operator:
+    """One op: what its public function calls, and the implementations it chooses from."""
 
-    def select(self, device_type: str) -> Callable:
+    def __init__(self, name: str, reference: Callable) -> None:
+        self.name = name
+        self.implementations: dict[str, Callable] = {"reference": reference}
+        self.overload: torch._ops.OpOverload | None = None
+        self.function: type[torch.autograd.Function] | None = None
+
+    def __call__(self, *arguments):
+        """The op through torch's dispatcher, or past it where that can make no difference.
+
+        The dispatcher and the autograd that torch.library generates cost several times what a
+        native op takes on a small tensor. They are needed while something listens to them, and for
+        tensors that are a subclass, lazily negated, or on another kind of device.
+        """
+        if _something_listens():
+            return self.overload(*arguments)
+        given, wide, copied, needs_grad = [], False, False, False
+        for x in arguments:
+            kind = type(x)
+            if kind is Tensor or kind is Parameter:
+                if x.is_neg() or not (x.is_cpu or x.is_cuda):
+                    return self.overload(*arguments)
+                wide = wide or x.dtype is torch.float64
+                needs_grad = needs_grad or x.requires_grad
+                if not x.is_contiguous():
+                    x, copied = x.contiguous(), True
+                given.append(x)
+            elif isinstance(x, Tensor):
+                return self.overload(*arguments)
+            else:
+                given.append(x)
+        if needs_grad and self.function is not None and torch.is_grad_enabled():
+            if wide or copied:  # rare, and not worth a second way
+                return self.overload(*arguments)
+            return self.function.apply(*arguments)
+        return self.select(given[0].device, wide)(*given)
+
+    def run(self, *arguments):
+        """What the dispatcher calls: the chosen backend, handed contiguous tensors."""
+        given, wide = [], False
+        for x in arguments:
+            if isinstance(x, Tensor):
+                wide = wide or x.dtype is torch.float64
+                given.append(x if x.is_contiguous() else x.contiguous())
+            else:
+                given.append(x)
+        return self.select(given[0].device, wide)(*given)
+
+    def select(self, device: torch.device, wide: bool = False) -> Callable:
+        """The implementation for tensors on `device`; wide: with a float64 one among them.
+
+        float64 is for checking gradients, and the reference backend's alone.
+        """
         if _forced is not None:
-            if _forced not in self.implementations:
-                raise RuntimeError(
-                    f"use_backend({_forced!r}): op {self.name!r} has no such implementation; "
-                    f"it has {sorted(self.implementations)}"
-                )
-            return self.implementations[_forced]
-        order = PRIORITY.get(device_type, ("reference",))  # ends with the one every op has
-        return self.implementations[next(b for b in order if b in self.implementations)]
+            return self._forced_implementation(device, wide)
+        if wide:
+            return self.implementations["reference"]
+        for name in PRIORITY.get(device.type, ()):
+            implementation = self.implementations.get(name)
+            if implementation is not None and refusal(name, device) is None:
+                if name == "reference" and device.type not in _warned:
+                    _say_the_reference_serves(device)
+                return implementation
+        return self.implementations["reference"]
+
+    def _forced_implementation(self, device: torch.device, wide: bool) -> Callable:
+        if _forced not in self.implementations:
+            raise RuntimeError(
+                f"use_backend({_forced!r}): op {self.name!r} has no such implementation; "
+                f"it has {sorted(self.implementations)}"
+            )
+        reason = refusal(_forced, device)
+        if reason is not None:
+            raise RuntimeError(f"use_backend({_forced!r}) with tensors on {device}: {reason}")
+        if wide and _forced != "reference":
+            raise TypeError(
+                f"use_backend({_forced!r}): op {self.name!r} was given a torch.float64 tensor; "
+                "expected float32, bfloat16 or float16 (float64 is the reference backend's alone)"
+            )
+        return self.implementations[_forced]
 
 
-_ops: dict[str, _Op] = {}
+_ops: dict[str, Operator] = {}
+# Each of torch's own ways to be asked "does anybody look?"; tens of nanoseconds each.
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.maybe_current_level  # grad, vmap, ...: None outside of them
+_jit_trace = torch._C._get_tracing_state
+_profiling = torch.autograd._profiler_enabled
+_compiling = torch.compiler.is_compiling
+
+
+def _something_listens() -> bool:
+    """Whether a graph is traced, a mode or transform is active, or the profiler runs."""
+    return (
+        _compiling()
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transforms() is not None
+        or _jit_trace() is not None
+        or _profiling()
+    )
 
 
 def define_op(
@@ -68,7 +160,7 @@ def define_op(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
-) -> torch._ops.OpOverload:
+) -> Operator:
     """Register `g2rpo::<schema>` and return it, ready to be called.
 
     schema: torch.library schema with its name, functional: "step(Tensor x, Tensor y) -> Tensor".
@@ -80,22 +172,33 @@ def define_op(
         differentiable and its public function refuses inputs that require gradients.
     """
     name = schema.split("(", 1)[0].strip()
-    op = _ops[name] = _Op(name, {"reference": reference})
-
-    def run(first: torch.Tensor, *rest):
-        arguments = [
-            x.contiguous() if isinstance(x, torch.Tensor) else x for x in (first, *rest)
-        ]
-        return op.select(first.device.type)(*arguments)
-
+    op = _ops[name] = Operator(name, reference)
     LIBRARY.define(schema)
-    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, op.run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"g2rpo::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(
             f"g2rpo::{name}", backward, setup_context=setup_context, lib=LIBRARY
         )
-    return getattr(torch.ops.g2rpo, name).default
+        op.function = _direct_function(op, backward, setup_context)
+    op.overload = getattr(torch.ops.g2rpo, name).default
+    return op
+
+
+def _direct_function(
+    op: Operator, backward: Callable, setup_context: Callable | None
+) -> type[torch.autograd.Function]:
+    """What `register_autograd` generates, less the way back through the dispatcher."""
+
+    def forward(ctx, *arguments):
+        output = op.select(arguments[0].device)(*arguments)  # contiguous, as Operator has seen
+        if setup_context is not None:
+            setup_context(ctx, arguments, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    # The base of autograd.Function, whose own apply() asks again for what Operator has asked.
+    return type(f"{op.name}_function", (torch.autograd.function._SingleLevelFunction,), members)
 
 
 def add_backend(op_name: str, backend: str, implementation: Callable) -> None:
@@ -108,33 +211,73 @@ def add_backend(op_name: str, backend: str, implementation: Callable) -> None:
     _absent.pop(backend, None)
 
 
+def refusal(backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot run on `device`, or None."""
+    probe = _probes.get(backend)
+    if probe is None:
+        return None
+    key = backend, device
+    if key not in _answers:
+        _answers[key] = probe(device)
+    return _answers[key]
+
+
+def _say_the_reference_serves(device: torch.device) -> None:
+    _warned.add(device.type)
+    reasons = [
+        f"{name}: {_absent.get(name) or refusal(name, device)}"
+        for name in PRIORITY[device.type]
+        if name != "reference"
+    ]
+    warnings.warn(
+        f"g2rpo_kernels runs on its PyTorch reference on {device}, which is slow; "
+        + "; ".join(reasons) + ". g2rpo_kernels.backends() and `g2rpo doctor` say more.",
+        RuntimeWarning,
+        stacklevel=4,
+    )  # fmt: skip
+
+
+def _here(device_type: str) -> torch.device:
+    """A device of this type: for a GPU the current one, which may not be there."""
+    index = torch.cuda.current_device() if device_type == "cuda" and torch.cuda.is_available() else 0
+    return torch.device(device_type, index) if device_type == "cuda" else torch.device(device_type)
+
+
 def backends() -> dict[str, BackendStatus]:
     """Which backends this process has, which one each device type uses, and why.
 
     Returns a dict from backend name ("reference", "cpu", "triton", "cuda") to `BackendStatus`.
+    Asks the current GPU whether kernels run on it, if there is one.
     """
     present = {name for op in _ops.values() for name in op.implementations}
+    devices = {name: _here(name) for name in PRIORITY}
+    runs = {
+        name: tuple(d for d in PRIORITY if name in present and refusal(name, devices[d]) is None)
+        for name in BACKENDS
+    }
     report = {}
     for name in BACKENDS:
         if _forced is not None:
-            used_for = tuple(PRIORITY) if name == _forced else ()
+            used_for = runs[name] if name == _forced else ()
             why = f"use_backend({_forced!r}) is in force"
         else:
             used_for = tuple(
                 device
                 for device, order in PRIORITY.items()
-                if next(b for b in order if b in present) == name
+                if next(b for b in order if device in runs[b]) == name
             )
             why = "the first one present of " + "; ".join(
                 f"{device}: {' > '.join(PRIORITY[device])}" for device in used_for
             )
         if name not in present:
             reason = _absent[name]
-        elif used_for:
+        elif not runs[name]:
+            reason = next(refusal(name, devices[d]) for d in PRIORITY if name in PRIORITY[d])
+        elif used_for or _forced is not None:
             reason = why
         else:
-            reason = why if _forced is not None else "a faster backend is present"
-        report[name] = BackendStatus(name in present, used_for, reason)
+            reason = "a faster backend is present"
+        report[name] = BackendStatus(bool(runs[name]), used_for, reason)
     return report
 
 
@@ -144,7 +287,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     name: "reference", "cpu", "triton" or "cuda".
     Raises ValueError for an unknown name and RuntimeError (with the reason) for one that is not
-    available; an op without that backend raises RuntimeError when it is called.
+    available. An op without that backend, or whose tensors are on a device that it cannot run on,
+    raises RuntimeError when it is called; float64 tensors raise TypeError on any but "reference".
     """
     global _forced
     if name not in BACKENDS:

@@ -206,6 +206,7 @@ def _setup_context(ctx, inputs, output):
     )
     _, log_prob, grad_log_prob, statistics = output
     ctx.mark_non_differentiable(log_prob, grad_log_prob, statistics)
+    ctx.set_materialize_grads(False)  # else torch fills zeros for those three in every backward
     ctx.save_for_backward(
         grad_log_prob, velocity, latents, x_next, table, old_velocity, reference_velocity
     )

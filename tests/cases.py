@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import g2rpo_kernels as gk
+from g2rpo_kernels import _library
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ SHAPES = {
         Shape("past_chunk", 2, 2, (4099,)),  # one more than a reduction chunk, and a prime
         Shape("digits", 4, 12, (16, 4)),
         Shape("flux720", 1, 12, (2025, 64), large=True),
+        Shape("flux720x8", 8, 12, (2025, 64), large=True),
+        Shape("flux720x64", 64, 12, (2025, 64), large=True),
+        Shape("flux1024", 1, 12, (4096, 64), large=True),
+        Shape("flux1024x8", 8, 12, (4096, 64), large=True),
+        Shape("flux1024x64", 64, 12, (4096, 64), large=True),
     )
 }
 SMALL = tuple(name for name, shape in SHAPES.items() if not shape.large)
@@ -76,13 +82,14 @@ class Target:
 
 def targets() -> list[Target]:
     """What this machine can run: every available backend on every device type it serves."""
-    gpu = torch.cuda.is_available()
-    served = {"reference": ("cpu", "cuda"), "cpu": ("cpu",), "triton": ("cuda",), "cuda": ("cuda",)}
+    there = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        there.append(torch.device("cuda", torch.cuda.current_device()))
     return [
-        Target(name, device)
+        Target(name, device.type)
         for name, status in gk.backends().items()
-        for device in served[name]
-        if status.available and (gpu or device == "cpu")
+        for device in there
+        if status.available and _library.refusal(name, device) is None
     ]
 
 

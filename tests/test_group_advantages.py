@@ -53,9 +53,16 @@ def test_against_a_loop(
     torch.testing.assert_close(got.cpu().double(), want, rtol=3e-7, atol=3e-7)
 
 
+def widest(target: Target) -> torch.dtype:
+    """float64 is the reference backend's alone."""
+    return torch.float64 if target.backend == "reference" else torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_arithmetic_is_float64_whatever_the_rewards_are(dtype: torch.dtype, target: Target) -> None:
     """Rewards near 1000 that differ in their last bits: float32 sums would lose them."""
+    if dtype == torch.float64 != widest(target):
+        pytest.skip("float64 is the reference backend's alone")
     rewards = (1000 + draw_rewards(1, 1, 12, 3)).to(dtype)
     got = gk.group_advantages(rewards.to(target.device), 12)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -71,18 +78,20 @@ def test_two_samples_get_plus_and_minus_half_of_root_two(target: Target) -> None
 
 
 def test_sums_over_granularities_and_weighs_models(target: Target) -> None:
-    rewards = draw_rewards(2, 3, 12, 4, device=target.device).double()
+    rewards = draw_rewards(2, 3, 12, 4, device=target.device).to(widest(target))
     parts = [
         [gk.group_advantages(rewards[r : r + 1, j : j + 1], 4) for j in range(3)] for r in range(2)
     ]
     per_model = [sum(row) for row in parts]
-    close = {"rtol": 1e-12, "atol": 1e-12}
+    tolerance = 1e-12 if rewards.dtype == torch.float64 else 1e-6
+    close = {"rtol": tolerance, "atol": tolerance}
     unweighted = gk.group_advantages(rewards, 4)
     torch.testing.assert_close(unweighted, per_model[0] + per_model[1], **close)
     weighted = gk.group_advantages(rewards, 4, weights=(0.3, 2))
     torch.testing.assert_close(weighted, 0.3 * per_model[0] + 2 * per_model[1], **close)
     assert torch.equal(gk.group_advantages(rewards, 4, weights=[1, 1]), unweighted)
-    assert torch.equal(gk.group_advantages(rewards, 4, weights=[0, 1]), per_model[1])
+    silenced = gk.group_advantages(rewards, 4, weights=[0, 1])
+    torch.testing.assert_close(silenced, per_model[1], **close)
 
 
 @pytest.mark.parametrize("value", [0.1, 1 / 3, -7.7, 1e8, 0.0])
@@ -91,7 +100,7 @@ def test_an_indifferent_group_gives_exactly_zero(
     value: float, group_size: int, target: Target
 ) -> None:
     """Even where rounding makes the mean of equal numbers another number, so that std is not 0."""
-    for dtype in (torch.float32, torch.float64):
+    for dtype in {torch.float32, widest(target)}:
         rewards = torch.full((1, 2, 2 * group_size, 1), value, dtype=dtype, device=target.device)
         assert (gk.group_advantages(rewards, group_size) == 0).all()
         rewards[0, 1, -1] = 2 * value + 1  # one group of one granularity has advantages now
@@ -115,20 +124,25 @@ def test_a_failed_reward_silences_its_group_alone(bad: float, target: Target) ->
 
 
 def test_shift_and_scale_of_a_reward_model_do_not_matter(target: Target) -> None:
-    rewards = draw_rewards(2, 2, 24, 3, device=target.device).double()
+    rewards = draw_rewards(2, 2, 24, 3, device=target.device).to(widest(target))
     base = gk.group_advantages(rewards, 12)
     moved = rewards.clone()
     moved[0] = 1000 * moved[0] - 5
     moved[1] = 0.01 * moved[1] + 100
-    torch.testing.assert_close(gk.group_advantages(moved, 12), base, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(gk.group_advantages(-rewards, 12), -base, rtol=1e-12, atol=0)
+    # float32 rewards near 100 that differ by 0.01 have lost three digits before they get here
+    tolerance = 1e-5 if rewards.dtype == torch.float64 else 2e-3
+    torch.testing.assert_close(
+        gk.group_advantages(moved, 12), base, rtol=tolerance, atol=tolerance
+    )
+    tolerance = 1e-12 if rewards.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(gk.group_advantages(-rewards, 12), -base, rtol=tolerance, atol=0)
 
 
 def test_each_group_has_mean_zero_and_unit_spread(target: Target) -> None:
-    got = gk.group_advantages(draw_rewards(1, 1, 36, 5, device=target.device).double(), 12)
-    groups = got.view(3, 12, 5)
-    assert groups.mean(1).abs().max() < 1e-14
-    torch.testing.assert_close(groups.std(1), torch.ones_like(groups[:, 0]), rtol=1e-7, atol=0)
+    rewards = draw_rewards(1, 1, 36, 5, device=target.device).to(widest(target))
+    groups = gk.group_advantages(rewards, 12).view(3, 12, 5)
+    assert groups.mean(1).abs().max() < (1e-14 if groups.dtype == torch.float64 else 1e-7)
+    torch.testing.assert_close(groups.std(1), torch.ones_like(groups[:, 0]), rtol=3e-7, atol=0)
 
 
 def test_layout_for_the_rows_of_the_policy_loss(target: Target) -> None:

@@ -23,7 +23,9 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a test adds is gone after it."""
     for op in _library._ops.values():
         monkeypatch.setattr(op, "implementations", dict(op.implementations))
-    monkeypatch.setattr(_library, "_absent", dict(_library._absent))
+    for name in ("_absent", "_probes", "_answers"):
+        monkeypatch.setattr(_library, name, dict(getattr(_library, name)))
+    monkeypatch.setattr(_library, "_warned", set(_library.PRIORITY))  # but for tests of warnings
 
 
 def fake(op: str, backend: str, like: Callable | None = None) -> list[str]:
@@ -46,6 +48,7 @@ def reference_only() -> None:
         op.implementations = {"reference": op.implementations["reference"]}
     for name in ("cpu", "triton", "cuda"):
         _library._absent[name] = "not part of this build"
+        _library._probes.pop(name, None)
 
 
 def test_backends_says_what_is_there_and_why(reference_only: None) -> None:
@@ -89,13 +92,15 @@ def test_an_op_without_the_faster_backend_falls_to_the_next(reference_only: None
 def test_the_order_of_preference_on_gpus(reference_only: None) -> None:
     """Selection alone: no GPU is needed to see which implementation would be taken."""
     op = _library._ops["step_mean"]
-    assert op.select("cuda") is op.implementations["reference"]
+    gpu = torch.device("cuda", 0)
+    assert op.select(gpu) is op.implementations["reference"]
     fake("step_mean", "triton")
-    assert op.select("cuda") is op.implementations["triton"]
+    assert op.select(gpu) is op.implementations["triton"]
     fake("step_mean", "cuda")
-    assert op.select("cuda") is op.implementations["cuda"]
+    assert op.select(gpu) is op.implementations["cuda"]
+    assert op.select(gpu, wide=True) is op.implementations["reference"]
     for device in ("cpu", "mps", "xpu", "meta"):
-        assert op.select(device) is op.implementations["reference"]
+        assert op.select(torch.device(device)) is op.implementations["reference"]
     assert gk.backends()["cuda"].used_for == ("cuda",) and not gk.backends()["triton"].used_for
 
 
