@@ -214,6 +214,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
+    if grad_loss is None:  # not materialised, see above
+        return (None,) * 11
     grad_log_prob, velocity, latents, x_next, table, old_velocity, reference_velocity = (
         ctx.saved_tensors
     )

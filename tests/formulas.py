@@ -138,3 +138,39 @@ def normal(seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.flo
     radius, angle = (-2 * u1.log()).sqrt(), 2 * math.pi * u2
     noise = torch.stack([radius * angle.cos(), radius * angle.sin()], -1).flatten(-2)
     return noise[..., :count].reshape(*seeds.shape, *shape).to(seeds.device)
+
+
+def noise_bits(seeds: Tensor, count: int) -> Tensor:
+    """The noise as the C++, CUDA and Triton backends compute it, operation by operation in float32.
+
+    Cephes' log and sine polynomials, no contraction: the same bits wherever float32 is IEEE's.
+    """
+    f = np.float32
+    words = words_of(seeds.numpy(), -(-count // 4) * 4).astype(np.uint32).view(np.int32)
+    uniform = (words ^ (words >> 31)).astype(f) * f(4.6566127342e-10)
+    u1, u2 = np.maximum(uniform[..., 0::2], f(1e-7)), uniform[..., 1::2]
+    bits = u1.view(np.int32)
+    exponent = (bits - np.int32(0x3F3504F3)) >> 23
+    x = (bits - exponent * np.int32(0x800000)).view(f) - f(1)
+    e, z = exponent.astype(f), x * x
+    p = f(7.0376836292e-2)
+    for c in (
+        -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
+        2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
+    ):  # fmt: skip
+        p = p * x + f(c)
+    log = (x + (((x * z) * p + e * f(-2.12194440e-4)) - f(0.5) * z)) + e * f(0.693359375)
+    radius = np.sqrt(f(-2) * log)
+    turns = f(4) * u2
+    quadrant = (turns + f(0.5)).astype(np.int32)
+    r = (turns - quadrant.astype(f)) * f(1.57079632679489662)
+    z = r * r
+    s = (((f(-1.9515295891e-4) * z + f(8.3321608736e-3)) * z + f(-1.6666654611e-1)) * z) * r + r
+    c = (f(2.443315711809948e-5) * z + f(-1.388731625493765e-3)) * z + f(4.166664568298827e-2)
+    c = (c * z) * z + (f(1) - f(0.5) * z)
+    q = quadrant & 3
+    cosine = np.choose(q, [c, -s, -c, s])
+    sine = np.choose(q, [s, c, -s, -c])
+    noise = np.stack([radius * cosine, radius * sine], -1).reshape(*words.shape)
+    assert noise.dtype == f
+    return torch.from_numpy(np.ascontiguousarray(noise[..., :count]))

@@ -226,3 +226,64 @@ def test_forward_and_backward_warn_of_nothing(no_warnings: None) -> None:
         results = cases.as_tuple(getattr(gk, op)(**arguments))
         if cases.OPS[op].differentiable:
             results[0].sum().backward()
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the ops of torch's dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # noqa: ANN001
+        self.names.append(str(op))
+        return op(*args, **(kwargs or {}))
+
+
+def test_whoever_listens_to_the_dispatcher_sees_the_op() -> None:
+    """A plain call goes past the dispatcher; a mode, the profiler and a subclass do not miss it."""
+    arguments = cases.inputs("step_mean", "primes")
+    want = gk.step_mean(**arguments)
+    with Seen() as mode:
+        assert torch.equal(gk.step_mean(**arguments), want)
+    assert "g2rpo.step_mean.default" in mode.names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        gk.step_mean(**arguments)
+    assert "g2rpo::step_mean" in {event.key for event in profile.key_averages()}
+
+    called = []
+
+    class Sub(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):  # noqa: ANN001
+            called.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    arguments["latents"] = arguments["latents"].as_subclass(Sub)
+    got = gk.step_mean(**arguments)
+    assert torch.equal(got.as_subclass(torch.Tensor), want)
+    assert torch.ops.g2rpo.step_mean.default in called
+
+
+def test_lazily_negated_tensors_are_negated() -> None:
+    """Contiguous, of torch.Tensor's own type, and yet its memory holds the opposite."""
+    arguments = cases.inputs("step_mean", "primes")
+    want = gk.step_mean(**arguments)
+    arguments["velocity"] = torch._neg_view(-arguments["velocity"])
+    assert arguments["velocity"].is_neg() and arguments["velocity"].is_contiguous()
+    assert torch.equal(gk.step_mean(**arguments), want)
+
+
+def test_past_the_dispatcher_or_through_it_gradients_have_the_same_bits() -> None:
+    for op in (name for name in cases.OPS if cases.OPS[name].differentiable):
+        grads = []
+        for mode in (None, Seen()):
+            arguments = cases.inputs(op, "primes")
+            for name in cases.OPS[op].differentiable:
+                arguments[name].requires_grad_()
+            with mode or warnings.catch_warnings():
+                cases.as_tuple(getattr(gk, op)(**arguments))[0].square().sum().backward()
+            grads.append([arguments[name].grad for name in cases.OPS[op].differentiable])
+        assert f"g2rpo.{op}.default" in mode.names
+        for direct, dispatched in zip(*grads, strict=True):
+            assert torch.equal(direct, dispatched)
