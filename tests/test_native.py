@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from cases import OPS, Target
+from test_normal import COUNTERS, SEEDS
 from torch import Tensor
 
 import g2rpo_kernels as gk
@@ -26,6 +27,16 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 def skip_reference(target: Target) -> None:
     if target.backend == "reference":
         pytest.skip("the reference draws with torch's own logarithm: within 1e-5, see test_normal")
+
+
+def test_the_integers_of_the_header_are_philoxs() -> None:
+    """csrc/flow.h, which C++ and CUDA share; counters beyond 2^32 are offsets beyond 2^34."""
+    extension = pytest.importorskip("g2rpo_kernels._C", reason="no native extension here")
+    for seed in SEEDS:
+        for counter in COUNTERS:
+            key = (seed & formulas.MASK, (seed >> 32) & formulas.MASK)
+            want = formulas.philox4x32((counter & formulas.MASK, counter >> 32, 0, 0), key)
+            assert extension.cpu.philox(counter, seed & (2**64 - 1)) == want
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 77, 2048, 2050, 12345])
