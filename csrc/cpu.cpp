@@ -36,11 +36,10 @@ struct Buffers {
   alignas(64) float velocity[tile_size], latents[tile_size], mean[tile_size], other[tile_size];
 };
 
-// The mean of a tile, in buffers.mean.
-void read_mean(const Step& step, const Tile& tile, Buffers& buffers) {
+void read_mean(const Step& step, const Tile& tile, Buffers& buffers, float* mean) {
   mean_tile(coefficients_of(step.table, step.table_stride, tile.row),
             read(step.latents, tile.offset, tile.size, buffers.latents),
-            read(step.velocity, tile.offset, tile.size, buffers.velocity), buffers.mean, tile.size);
+            read(step.velocity, tile.offset, tile.size, buffers.velocity), mean, tile.size);
 }
 
 int64_t work_of(const Step& step) { return step.rows * (step.branches + 1) * step.count; }
@@ -88,7 +87,7 @@ void square_sums(const Step& step, Array x_next, const Array* others, int64_t ot
                  Partial& partial) {
   for_tiles(step.rows, step.count, work_of(step), [&](const Tile& tile) {
     Buffers buffers;
-    read_mean(step, tile, buffers);
+    read_mean(step, tile, buffers, buffers.mean);
     for (int64_t g = 0; g < step.branches; ++g) {
       const float* x = read(x_next, branch_offset(step, tile, g), tile.size, buffers.other);
       partial.at(tile, g) = square_sum_tile(x, buffers.mean, tile.size);
@@ -140,8 +139,7 @@ void add_normalised(const GroupAdvantages& a, int64_t model, int64_t group, int6
 void step_mean(const StepMean& a) {
   for_tiles(a.step.rows, a.step.count, 2 * a.step.rows * a.step.count, [&](const Tile& tile) {
     Buffers buffers;
-    read_mean(a.step, tile, buffers);
-    std::copy(buffers.mean, buffers.mean + tile.size, a.mean + tile.offset);
+    read_mean(a.step, tile, buffers, a.mean + tile.offset);
   });
 }
 
@@ -168,7 +166,7 @@ void sde_step(const SdeStep& a) {
   Partial partial(step.rows, step.branches, step.count);
   for_tiles(step.rows, step.count, work_of(step), [&](const Tile& tile) {
     Buffers buffers;
-    read_mean(step, tile, buffers);
+    read_mean(step, tile, buffers, buffers.mean);
     const Coefficients k = coefficients_of(step.table, step.table_stride, tile.row);
     for (int64_t g = 0; g < step.branches; ++g) {
       const int64_t offset = branch_offset(step, tile, g);
@@ -236,7 +234,7 @@ void log_prob_backward(const LogProbBackward& a) {
     Buffers buffers;
     alignas(64) float total[tile_size];
     std::fill(total, total + tile.size, 0.0f);
-    read_mean(step, tile, buffers);
+    read_mean(step, tile, buffers, buffers.mean);
     float sum_of_grads = 0;
     for (int64_t g = 0; g < step.branches; ++g) {
       const float grad = a.grad_log_prob[tile.row * step.branches + g];

@@ -1,4 +1,4 @@
-"""The command line: `g2rpo train PRESET|FILE.yaml [--group.key value ...]`."""
+"""The command line: `g2rpo train PRESET|FILE.yaml [--group.key value ...]`, `g2rpo doctor`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ usage: g2rpo COMMAND ...
 commands:
   train PRESET|FILE.yaml [--group.key value ...]   fine-tune a flow model with Granular-GRPO
   train --resume RUN_DIR                           go on with a run
+  doctor                                           what this machine has, and what is missing
 
 `g2rpo train digits` needs nothing but itself and a few minutes.
 `g2rpo train --help` documents every key."""
@@ -47,10 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"g2rpo {__version__}")
         return 0
-    if arguments[0] != "train":
-        print(f"g2rpo: error: unknown command {arguments[0]!r}; expected train", file=sys.stderr)
+    if arguments[0] not in ("train", "doctor"):
+        print(f"g2rpo: error: unknown command {arguments[0]!r}; expected train or doctor",
+              file=sys.stderr)  # fmt: skip
         return 2
     try:
+        if arguments[0] == "doctor":
+            from . import doctor
+
+            return doctor.main(arguments[1:])
         return train(arguments[1:])
     except ModuleNotFoundError as error:
         if error.name not in TRAIN_EXTRA:
@@ -63,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"g2rpo train: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
     except KeyboardInterrupt:
-        print("g2rpo train: interrupted", file=sys.stderr)
+        print(f"g2rpo {arguments[0]}: interrupted", file=sys.stderr)
         return 130
 
 

@@ -1,0 +1,219 @@
+"""The benchmarks' results files, the README made of them, and gpu_check's bookkeeping."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import goals  # noqa: E402
+import gpu_check  # noqa: E402
+import measure  # noqa: E402
+import report  # noqa: E402
+import results  # noqa: E402
+import run  # noqa: E402
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_machine() -> Iterator[None]:
+    """A machine with a cache of 64 KiB, so that no test moves hundreds of megabytes."""
+    buffers = torch.arange(2**12, dtype=torch.int32), torch.empty(2**12, dtype=torch.int32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "cache_bytes", lambda device: 2**16)
+        patch.setattr(measure, "copy_buffers", lambda device: buffers)
+        yield
+
+
+@pytest.fixture(scope="module")
+def measured(small_machine: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What run.py writes of two cases on a tiny shape."""
+    path = tmp_path_factory.mktemp("measured") / "cpu.json"
+    code = run.main([
+        "--device", "cpu", "--shapes", "digits", "--only", "policy_loss", "--no-compile",
+        "--rounds", "5", "--budget", "0.1", "--results", str(path),
+    ])  # fmt: skip
+    assert code == 0
+    return path.read_text()
+
+
+@pytest.fixture
+def file(measured: str, tmp_path: Path) -> Path:
+    path = tmp_path / "results" / "cpu-test.json"
+    path.parent.mkdir()
+    path.write_text(measured)
+    return path
+
+
+def test_a_run_writes_what_report_reads(file: Path, tmp_path: Path, capsys) -> None:
+    content = results.load(file)
+    assert [row["case"] for row in content["cases"]] == [
+        "policy_loss-forward+backward-digits-float32", "policy_loss-forward-digits-float32",
+    ]  # fmt: skip
+    assert content["device"] == "cpu" and content["versions"]["torch"] == torch.__version__
+    assert content["calls"]["microseconds"]["policy_loss forward+backward"] > 0
+    assert "not measured" in "\n".join(goals.verdicts(content)) and not list(
+        file.parent.glob("*.new")
+    )
+
+    (file.parent / "other.json").write_text("{}")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nrest\n")
+    arguments = ["--results", str(file.parent), "--readme", str(readme), "--docs", str(tmp_path)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert report.main(arguments) == 0
+    once = readme.read_text()
+    assert report.main([*arguments, "--check"]) == 0
+    assert report.main(arguments) == 0 and readme.read_text() == once
+    assert once.startswith("# Title\n") and once.endswith(f"{report.END}\n\nrest\n")
+    assert "Not yet measured on a GPU" in once and "| `policy_loss` | fwd + bwd |" in once
+    assert "4 × 12 × 16 × 4" in once and "old" not in once
+    assert "left alone: other.json" in capsys.readouterr().out
+    assert (tmp_path / report.plot_name(content)).stat().st_size > 10_000
+
+
+def test_a_gpu_file_takes_the_place_of_not_yet_measured(file: Path) -> None:
+    content = results.load(file)
+    gpu = json.loads(json.dumps(content))
+    gpu["device"] = "cuda"
+    gpu["machine"] = {"name": "A Card", "driver": "1.2", "host": content["machine"]}
+    gpu["versions"] |= {"cuda": "13.0", "triton": "3.6.0"}
+    for row in gpu["cases"]:
+        for entry in row["variants"].values():
+            entry |= {"timer": "graph", "launches": 3}
+    text = report.block([gpu, content])
+    assert "Not yet measured" not in text and text.index("A Card") < text.index("threads")
+    assert "3 → 3" in text and "bench-a-card.png" in text and "CUDA graph" in text
+
+
+@pytest.mark.parametrize("readme", ["", f"{report.END}\n{report.BEGIN}\n", report.BEGIN * 2])
+def test_a_readme_without_its_markers_is_refused(readme: str, tmp_path: Path, capsys) -> None:
+    (tmp_path / "README.md").write_text(readme)
+    assert report.main(["--results", str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 2
+    assert report.BEGIN in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == readme
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda text: text[: len(text) // 2], "is not JSON"),
+    (lambda text: text.replace('"date"', '"day"'), "it lacks date"),
+    (lambda text: text.replace('"bytes": ', '"size": '), "lacks bytes"),
+    (lambda text: text.replace('"copy_fraction"', '"share"'), "lacks copy_fraction"),
+    (lambda text: text.replace('"device": "cpu"', '"device": "tpu"'), "device 'tpu'"),
+])  # fmt: skip
+def test_a_spoiled_file_is_refused(spoil, message: str, file: Path, capsys) -> None:
+    file.write_text(spoil(file.read_text()))
+    with pytest.raises(results.ResultsError, match=message):
+        results.load(file)
+    readme = file.parent / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert report.main(["--results", str(file.parent), "--readme", str(readme)]) == 2
+    assert file.name in capsys.readouterr().err
+
+
+def test_a_run_cut_short_keeps_what_it_had(file: Path) -> None:
+    store = results.Store(file, "cpu", resume=True)
+    store.begin("a case that ends the process")
+    again = results.Store(file, "cpu", resume=True)
+    assert again.known("a case that ends the process") and not again.known("another")
+    assert again.known("policy_loss-forward-digits-float32")
+    assert "running" not in again.content and len(again.content["cases"]) == 2
+    with pytest.raises(results.ResultsError, match="not of 'cuda'"):
+        results.Store(file, "cuda", resume=True)
+
+
+def test_a_limit_leaves_cases_out_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "cpu.json"
+    assert run.main(["--device", "cpu", "--shapes", "primes", "--only", "ode_step", "--limit", "-1",
+                     "--no-compile", "--rounds", "5", "--results", str(path)]) == 0  # fmt: skip
+    content = results.load(path)
+    assert content["cases"] == [] and "--limit" in content["left_out"][0]["why"]
+    with pytest.raises(results.ResultsError, match="hold no case"):
+        report.markdown(content)
+
+
+@pytest.mark.parametrize("arguments", [["--shapes", "flux9"], ["--dtypes", "float64"],
+                                       ["--only", "no such case"]])  # fmt: skip
+def test_wrong_options_are_refused(arguments: list[str], tmp_path: Path, capsys) -> None:
+    try:
+        code = run.main(["--device", "cpu", *arguments, "--results", str(tmp_path / "x.json")])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and arguments[1] in capsys.readouterr().err
+    assert not (tmp_path / "x.json").exists()
+
+
+def test_goals_are_judged_by_the_measured_ratio() -> None:
+    def row(median: float) -> dict:
+        return {"case": "sde_step[seeds]-forward-flux720-float32", "ours": "ours (cpu)",
+                "variants": {"eager": {"over_ours": {"median": median}}}}  # fmt: skip
+
+    for median, verdict in ((3.2, "reached: 3.20 x eager"), (2.9, "MISSED: 2.90 x eager")):
+        content = {"device": "cpu", "cases": [row(median)],
+                   "calls": {"microseconds": {"normal forward": 5.0}}}  # fmt: skip
+        text = "\n".join(goals.verdicts(content))
+        assert verdict in text and "not measured" in text
+        assert "reached: 5.0 us at most (normal), goal 12" in text
+
+
+def test_gpu_check_writes_every_part(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """A run whose benchmarks die once goes on without the case that they died in."""
+    path, commands = tmp_path / "card.json", []
+    cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda: (9, 0))
+    monkeypatch.setattr(gpu_check, "torch", SimpleNamespace(cuda=cuda, __version__="2"))
+    monkeypatch.setattr(gpu_check.doctor, "gpus", lambda: (["A Card"], ""))
+    monkeypatch.setattr(results, "machine", lambda device: {"name": "A Card", "driver": "1"})
+    monkeypatch.setattr(results, "versions", lambda device: {
+        "python": "3", "torch": "2", "g2rpo": "0", "cuda": "13", "triton": "3"})  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--results", str(path), "--rounds", "3"])
+
+    def call(command: list[str], limit: float, **variables: str) -> tuple[int, float, str]:
+        commands.append(command)
+        if "benchmarks/run.py" not in command:
+            return 0, 1.0, "12 passed"
+        store = results.Store(path, "cuda", resume=True)
+        if "died" not in str(store.content["left_out"]):
+            store.begin("died")
+            return -6, 1.0, "CUDA error"
+        for row in results.load(file)["cases"]:
+            store.add(row)
+        return 0, 1.0, "goals"
+
+    monkeypatch.setattr(gpu_check, "call", call)
+    assert gpu_check.main() == 0
+    content = results.load(path)
+    assert [c[1] if c[1].endswith("run.py") else c[2] for c in commands][-2:] == [
+        "benchmarks/run.py"] * 2  # fmt: skip
+    assert all(["--rounds", "3"] == c[-4:-2] for c in commands[-2:])
+    assert content["parts"]["tests"]["end"] == "12 passed" and len(content["cases"]) == 2
+    assert content["left_out"] == [
+        {"what": "died", "why": "the process ended while it was measured"}
+    ]
+    assert "A Card" in report.markdown(content)
+    assert "written to" in capsys.readouterr().out
+
+
+def test_a_part_out_of_time_is_stopped_with_its_workers(capsys) -> None:
+    code = "import subprocess, sys; print('begun', flush=True); " \
+           "subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"  # fmt: skip
+    ended, seconds, end = gpu_check.call([sys.executable, "-c", code], limit=2)
+    assert ended is None and seconds < 30 and end == "begun"
+    assert gpu_check.call([sys.executable, "-c", "raise SystemExit(3)"], limit=60)[0] == 3
+    assert "out of time" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_gpu_check_without_a_gpu_says_so() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/gpu_check.py"], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and "no GPU to check" in done.stderr
