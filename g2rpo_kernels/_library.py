@@ -211,6 +211,13 @@ def add_backend(op_name: str, backend: str, implementation: Callable) -> None:
     _absent.pop(backend, None)
 
 
+def set_probe(backend: str, probe: Callable[[torch.device], str | None]) -> None:
+    """Have `probe` say whether the backend can run on a device: None, or why not. Asked once."""
+    _probes[backend] = probe
+    for key in [key for key in _answers if key[0] == backend]:
+        del _answers[key]
+
+
 def refusal(backend: str, device: torch.device) -> str | None:
     """Why `backend` cannot run on `device`, or None."""
     probe = _probes.get(backend)

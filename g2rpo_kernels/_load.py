@@ -51,7 +51,7 @@ def build_facts() -> dict | None:
 def _add(backend: str, implementations: dict[str, Callable], probe: Callable) -> None:
     for name, implementation in implementations.items():
         _library.add_backend(name, backend, implementation)
-    _library._probes[backend] = probe
+    _library.set_probe(backend, probe)
 
 
 def _load_extension() -> ModuleType | None:

@@ -58,8 +58,8 @@ def emulated(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     """Every op runs the emulated kernels, on outputs that start as NaN."""
     for op in _library._ops.values():
         monkeypatch.setattr(op, "implementations", dict(op.implementations))
-    monkeypatch.setattr(_library, "_absent", dict(_library._absent))
-    monkeypatch.setattr(_library, "_probes", dict(_library._probes))
+    for name in ("_absent", "_probes", "_answers"):
+        monkeypatch.setattr(_library, name, dict(getattr(_library, name)))
     emulated_cuda.install(native)
     emulated_cuda.poison(True)
     with gk.use_backend("cuda"):

@@ -82,7 +82,7 @@ def install(ops: ModuleType) -> None:
     for name in _library._ops:
         if hasattr(launchers, name):
             _library.add_backend(name, "cuda", getattr(launchers, name))
-    _library._probes["cuda"] = lambda device: None
+    _library.set_probe("cuda", lambda device: None)
 
 
 def poison(on: bool) -> None:
