@@ -246,8 +246,9 @@ def _say_the_reference_serves(device: torch.device) -> None:
 
 def _here(device_type: str) -> torch.device:
     """A device of this type: for a GPU the current one, which may not be there."""
-    index = torch.cuda.current_device() if device_type == "cuda" and torch.cuda.is_available() else 0
-    return torch.device(device_type, index) if device_type == "cuda" else torch.device(device_type)
+    if device_type != "cuda":
+        return torch.device(device_type)
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
 
 
 def backends() -> dict[str, BackendStatus]:

@@ -60,8 +60,8 @@ def _load_extension() -> ModuleType | None:
         return importlib.import_module(name)
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == name:
-            why = _left_out("extension") or "it was not built: reinstall g2rpo where a C++17 compiler is"
-            reason = f"no native extension: {why}"
+            why = _left_out("extension") or "reinstall g2rpo where a C++17 compiler is"
+            reason = f"the native extension was not built: {why}"
         else:
             reason = f"the native extension {name} is there but does not load: {error}"
             warnings.warn(f"g2rpo_kernels: {reason}", RuntimeWarning, stacklevel=2)
