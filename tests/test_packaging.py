@@ -12,94 +12,46 @@ import importlib.metadata
 import os
 import re
 import shutil
-import subprocess
 import sys
-import sysconfig
 import tarfile
-import venv
 import zipfile
 from email.message import Message
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+from checkout import (
+    EXTENSIONS,
+    GENERATED,
+    ROOT,
+    built_checkout,
+    empty_environment,
+    files_under,
+    pip_install,
+    run,
+)
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("g2rpo", "g2rpo_kernels")
-
-
-def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    """The finished command; its output is the message if it fails."""
-    # A make or a PYTHONPATH around this test run must not reach what it starts.
-    outer = ("PYTHONPATH", "MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
-    kept = {name: value for name, value in os.environ.items() if name not in outer}
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=kept | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done
-
-
-def files_under(folder: Path) -> set[str]:
-    """Paths below `folder`, package by package, bytecode apart."""
-    found = (path for name in PACKAGES for path in (folder / name).rglob("*") if path.is_file())
-    return {str(p.relative_to(folder)) for p in found if "__pycache__" not in p.parts}
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """tree: a copy of the checkout; sdist; wheel (made from the sdist); tree_wheel; metadata."""
-    tree = tmp_path_factory.mktemp("checkout")
-    skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for entry in ROOT.iterdir():
-        if entry.is_file():
-            shutil.copy(entry, tree)
-        elif entry.name in (*PACKAGES, "tests", "benchmarks", ".ci"):
-            shutil.copytree(entry, tree / entry.name, ignore=skip)
-
-    # What lies about in a working checkout and belongs in no wheel.
-    litter = ["benchmarks/__init__.py", "build/lib/g2rpo/litter.py", "runs/digits/litter.py"]
-    for path in litter:
-        (tree / path).parent.mkdir(parents=True, exist_ok=True)
-        (tree / path).write_text("")
-
-    build = [sys.executable, "-m", "build", "--no-isolation"]
-    run(*build, "--outdir", tree / "dist", cwd=tree)
-    shutil.rmtree(tree / "build")  # setuptools would reuse it; `make dist` builds from the sdist
-    run(*build, "--wheel", "--outdir", tree / "dist-tree", cwd=tree)
-
+    """sdist; wheel (made from the sdist); tree_wheel (without the extension); metadata."""
+    tree = built_checkout(tmp_path_factory)
     (sdist,) = (tree / "dist").glob("*.tar.gz")
     (wheel,) = (tree / "dist").glob("*.whl")
     (tree_wheel,) = (tree / "dist-tree").glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         (path,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = email.message_from_string(archive.read(path).decode())
-    return SimpleNamespace(
-        tree=tree, sdist=sdist, wheel=wheel, tree_wheel=tree_wheel, metadata=metadata
-    )
+    return SimpleNamespace(sdist=sdist, wheel=wheel, tree_wheel=tree_wheel, metadata=metadata)
 
 
 @pytest.fixture(scope="module")
 def installed(built: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A virtual environment with the wheel in it and this environment's packages behind it."""
     folder = tmp_path_factory.mktemp("installed") / "venv"
-    venv.create(folder, symlinks=True, with_pip=False)
-    pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install"]
-    run(*pip, "--quiet", "--no-index", "--no-deps", built.wheel, cwd=folder)
-    (site,) = folder.glob("lib/python*/site-packages")
-    # Plain folders, behind site-packages itself and without the .pth files in them: torch is found
-    # there, an editable install of the checkout is not.
-    borrowed = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
-    borrowed.append(str(Path(torch.__file__).parent.parent))
-    (site / "borrowed.pth").write_text("\n".join(dict.fromkeys(borrowed)) + "\n")
+    pip_install(empty_environment(folder), built.wheel)
     return folder
 
 
@@ -121,14 +73,16 @@ def requirements(metadata: Message, extra: str = "") -> dict[str, Requirement]:
 def test_wheel_holds_the_packages_and_nothing_else(built: SimpleNamespace) -> None:
     names = wheel_files(built.wheel)
     packaged = {name for name in names if ".dist-info/" not in name}
-    assert packaged == files_under(ROOT)
+    generated = packaged & GENERATED
+    assert packaged - generated == files_under(ROOT)
+    assert "g2rpo_kernels/_build.json" in generated and len(generated) <= 2
     assert {"g2rpo/presets/digits.yaml", "g2rpo/py.typed", "g2rpo_kernels/py.typed"} <= packaged
     assert any(re.fullmatch(r"g2rpo/templates/[^/]+\.j2", name) for name in packaged)
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
 def test_wheel_from_sdist_equals_wheel_from_tree(built: SimpleNamespace) -> None:
-    assert wheel_files(built.wheel) == wheel_files(built.tree_wheel)
+    assert wheel_files(built.wheel) - EXTENSIONS == wheel_files(built.tree_wheel)
 
 
 def test_sdist_can_be_built_and_tested(built: SimpleNamespace) -> None:
@@ -136,7 +90,9 @@ def test_sdist_can_be_built_and_tested(built: SimpleNamespace) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert files_under(ROOT) <= names
     root = ("LICENSE", "README.md", "CHANGELOG.md", "Makefile", "constraints.txt", "setup.py")
-    assert {*root, "pyproject.toml", ".ci/run"} <= names
+    assert {*root, "pyproject.toml", "CMakeLists.txt", ".ci/run"} <= names
+    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()} <= names
+    assert not names & GENERATED
     for folder in ("tests", "benchmarks"):
         assert {f"{folder}/{path.name}" for path in (ROOT / folder).glob("*.py")} <= names
     assert not [name for name in names if name.startswith(("build/", "runs/", ".git/", ".venv"))]
@@ -152,7 +108,7 @@ def test_metadata(built: SimpleNamespace) -> None:
     assert {"diffusers", "transformers", "safetensors"} <= set(requirements(metadata, "train"))
     assert set(requirements(metadata, "flash")) == {"flash-attn"}
     assert set(requirements(metadata, "bnb")) == {"bitsandbytes"}
-    assert "pytest" in requirements(metadata, "test")
+    assert {"pytest", "triton"} <= set(requirements(metadata, "test"))
     assert set(requirements(metadata, "bench")) == {"pytest-benchmark"}
     assert "torchvision" not in str(metadata.get_all("Requires-Dist"))
 
@@ -250,11 +206,33 @@ def test_constraints_pin_what_is_declared(built: SimpleNamespace) -> None:
             assert pins[name] in requirement.specifier, f"{name}=={pins[name]}: {requirement}"
 
 
+def test_build_requirements_are_there_for_builds_without_isolation(built: SimpleNamespace) -> None:
+    """The [test] extra brings what build-system.requires asks for, in the same versions."""
+    text = (ROOT / "pyproject.toml").read_text()
+    (listed,) = re.findall(r"^requires = (\[.*\])$", text, re.MULTILINE)
+    asked = {canonicalize_name(r.name): r for r in map(Requirement, ast.literal_eval(listed))}
+    assert set(asked) == {"cmake", "ninja", "pybind11", "setuptools"}, "torch is not one of them"
+    brought = requirements(built.metadata, "test")
+    assert {n: r.specifier for n, r in asked.items()} == {n: brought[n].specifier for n in asked}
+
+
+def test_triton_is_pinned_as_torch_pins_it() -> None:
+    """A CUDA build of torch requires one Triton; constraints.txt must not name another."""
+    asked = [Requirement(line) for line in importlib.metadata.requires("torch") or []]
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    (torch_pin,) = [line.partition("==")[2] for line in pins if line.startswith("torch==")]
+    (pin,) = [line.partition("==")[2] for line in pins if line.startswith("triton==")]
+    triton = [r for r in asked if r.name == "triton" and (not r.marker or r.marker.evaluate())]
+    if importlib.metadata.version("torch").partition("+")[0] != torch_pin or not triton:
+        pytest.skip("needs a CUDA build of the pinned torch: this one requires no triton")
+    assert all(pin in requirement.specifier for requirement in triton)
+
+
 # Stands in for python3, for the .venv's python and for pip: writes down what it was asked to do.
 FAKE_PYTHON = """#!/bin/sh
 echo "$*" >> "$LOG"
 case "$*" in
-    "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && cp "$0" "$3/bin/pip" ;;
+    "-m venv "*) mkdir -p "$3/bin" && for name in python pip g2rpo; do cp "$0" "$3/bin/$name"; done ;;
     "-m pip install "*) exit "$PIP_STATUS" ;;
 esac
 """
@@ -262,17 +240,19 @@ esac
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 def test_make_installs_once(tmp_path: Path) -> None:
-    """A failed install is taken up again, a good one is not repeated, a change of pins is."""
-    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt"):
+    """A failed install is taken up again, a good one is not repeated, one of older sources is."""
+    for name in ("Makefile", "pyproject.toml", "setup.py", "constraints.txt", "CMakeLists.txt"):
         shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "ops.h").touch()
     fake, log = tmp_path / "python3", tmp_path / "log"
     fake.write_text(FAKE_PYTHON)
     fake.chmod(0o755)
 
-    def asked(pip_status: str = "0") -> list[str]:
-        """First words of what `make test` asked of Python: -c, -m venv, -m pip, -m pytest."""
+    def asked(pip_status: str = "0", target: str = "test", env: str = "env") -> list[str]:
+        """First words of what `make` asked of Python: -m venv, -m pip, -m pytest."""
         log.write_text("")
-        make = ["make", "test", f"PYTHON={fake}", "VENV=env", "ARGS=", "WORKERS=2"]
+        make = ["make", target, f"PYTHON={fake}", f"VENV={env}", "ARGS=", "WORKERS=2"]
         if pip_status == "0":
             run(*make, cwd=tmp_path, LOG=str(log), PIP_STATUS=pip_status)
         else:
@@ -284,6 +264,12 @@ def test_make_installs_once(tmp_path: Path) -> None:
     assert asked(pip_status="1") == ["venv", "pip"]
     assert asked() == ["pip", "pytest"]
     assert asked() == ["pytest"]
-    stamp = (tmp_path / "env" / ".installed").stat().st_mtime
-    os.utime(tmp_path / "constraints.txt", (stamp + 5, stamp + 5))
-    assert asked() == ["pip", "pytest"]
+    assert asked(target="demo") == []  # which needs less
+    assert asked(target="demo", env="other") == ["venv", "pip"]
+    assert asked(target="demo", env="other") == []
+    assert asked(env="other") == ["pip", "pytest"]
+    for changed in ("constraints.txt", "csrc/ops.h"):
+        stamp = (tmp_path / "env" / ".installed").stat().st_mtime
+        os.utime(tmp_path / changed, (stamp + 5, stamp + 5))
+        assert asked() == ["pip", "pytest"]
+        os.utime(tmp_path / changed, (stamp, stamp))
