@@ -65,34 +65,31 @@ class Operator:
         """
         if _something_listens():
             return self.overload(*arguments)
-        given, wide, copied, needs_grad = [], False, False, False
+        ready, needs_grad = True, False
         for x in arguments:
             kind = type(x)
             if kind is Tensor or kind is Parameter:
                 if x.is_neg() or not (x.is_cpu or x.is_cuda):
                     return self.overload(*arguments)
-                wide = wide or x.dtype is torch.float64
+                ready = ready and x.is_contiguous() and x.dtype is not _float64
                 needs_grad = needs_grad or x.requires_grad
-                if not x.is_contiguous():
-                    x, copied = x.contiguous(), True
-                given.append(x)
-            elif isinstance(x, Tensor):
+            elif kind not in _NOT_TENSORS and isinstance(x, Tensor):
                 return self.overload(*arguments)
-            else:
-                given.append(x)
-        if needs_grad and self.function is not None and torch.is_grad_enabled():
-            if wide or copied:  # rare, and not worth a second way
+        if needs_grad and self.function is not None and _grad_enabled():
+            if not ready:  # rare, and not worth a second way
                 return self.overload(*arguments)
             return self.function.apply(*arguments)
-        return self.select(given[0].device, wide)(*given)
+        if not ready:
+            return self.run(*arguments)
+        return self.select(arguments[0].device)(*arguments)
 
     def run(self, *arguments):
         """What the dispatcher calls: the chosen backend, handed contiguous tensors."""
         given, wide = [], False
         for x in arguments:
             if isinstance(x, Tensor):
-                wide = wide or x.dtype is torch.float64
-                given.append(x if x.is_contiguous() else x.contiguous())
+                wide = wide or x.dtype is _float64
+                given.append(x.contiguous())
             else:
                 given.append(x)
         return self.select(given[0].device, wide)(*given)
@@ -132,6 +129,9 @@ class Operator:
 
 
 _ops: dict[str, Operator] = {}
+_NOT_TENSORS = frozenset({type(None), int, float, list, tuple})
+_float64 = torch.float64
+_grad_enabled = torch.is_grad_enabled
 # Each of torch's own ways to be asked "does anybody look?"; tens of nanoseconds each.
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
