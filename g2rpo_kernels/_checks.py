@@ -30,7 +30,14 @@ def check_floating(name: str, x: Tensor) -> None:
 
 
 def check_like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """x must be a floating tensor of other's shape, on its device."""
+    """x must be a floating tensor of other's shape, on its device. `other` has been checked."""
+    if (
+        type(x) is Tensor
+        and x.dtype is other.dtype
+        and x.shape == other.shape
+        and x.device == other.device
+    ):
+        return  # nearly every call; these checks are a third of one on small tensors
     check_floating(name, x)
     check_device(name, x, other_name, other)
     if x.shape != other.shape:
@@ -67,8 +74,10 @@ def check_table(coefficients: StepCoefficients, velocity: Tensor) -> Tensor:
             "that step_coefficients() returns"
         )
     table = coefficients.table
-    check_floating("coefficients.table", table)
-    if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != 5:
+    if not isinstance(table, Tensor):
+        check_floating("coefficients.table", table)
+    shape = table.shape
+    if table.dtype is not torch.float32 or len(shape) != 2 or shape[1] != 5:
         raise ValueError(
             f"coefficients.table has dtype {table.dtype} and shape {tuple(table.shape)}; expected "
             "torch.float32 [P, 5], as step_coefficients() returns"
@@ -78,7 +87,7 @@ def check_table(coefficients: StepCoefficients, velocity: Tensor) -> Tensor:
             f"coefficients.table is on {table.device}; expected {velocity.device}, the device of "
             "velocity: use coefficients.to(velocity.device)"
         )
-    if table.shape[0] not in (1, velocity.shape[0]):
+    if shape[0] != 1 and shape[0] != velocity.shape[0]:
         raise ValueError(
             f"coefficients.table has {table.shape[0]} rows; expected 1 or {velocity.shape[0]}, "
             f"the rows of velocity {tuple(velocity.shape)}"

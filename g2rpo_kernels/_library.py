@@ -52,9 +52,23 @@ class Operator:
 
     def __init__(self, name: str, reference: Callable) -> None:
         self.name = name
-        self.implementations: dict[str, Callable] = {"reference": reference}
+        self.implementations = {"reference": reference}
         self.overload: torch._ops.OpOverload | None = None
         self.function: type[torch.autograd.Function] | None = None
+
+    @property
+    def implementations(self) -> dict[str, Callable]:
+        """By backend name. Whoever changes the dict itself calls `forget()`."""
+        return self._implementations
+
+    @implementations.setter
+    def implementations(self, value: dict[str, Callable]) -> None:
+        self._implementations = value
+        self.forget()
+
+    def forget(self) -> None:
+        """Choose anew on every device at the next call."""
+        self._chosen: dict[torch.device, Callable] = {}
 
     def __call__(self, *arguments):
         """The op through torch's dispatcher, or past it where that can make no difference.
@@ -78,7 +92,9 @@ class Operator:
         if needs_grad and self.function is not None and _grad_enabled():
             if not ready:  # rare, and not worth a second way
                 return self.overload(*arguments)
-            return self.function.apply(*arguments)
+            others: list[Tensor] = []
+            first = self.function.apply(*arguments, others)
+            return (first, *others) if others else first
         if not ready:
             return self.run(*arguments)
         return self.select(arguments[0].device)(*arguments)
@@ -103,6 +119,12 @@ class Operator:
             return self._forced_implementation(device, wide)
         if wide:
             return self.implementations["reference"]
+        chosen = self._chosen.get(device)
+        if chosen is None:
+            chosen = self._chosen[device] = self._choose(device)
+        return chosen
+
+    def _choose(self, device: torch.device) -> Callable:
         for name in PRIORITY.get(device.type, ()):
             implementation = self.implementations.get(name)
             if implementation is not None and refusal(name, device) is None:
@@ -168,8 +190,10 @@ def define_op(
     reference: plain PyTorch, any device, takes and returns what the schema says. Every backend is
         handed contiguous tensors.
     fake: the same signature; shapes, dtypes and devices of the outputs only.
-    backward, setup_context: as for `torch.library.register_autograd`. An op without them is not
-        differentiable and its public function refuses inputs that require gradients.
+    backward, setup_context: as for `torch.library.register_autograd`. Of several outputs the first
+        alone is differentiable, and `backward` is given its gradient alone, None included. An op
+        without them is not differentiable and its public function refuses inputs that require
+        gradients.
     """
     name = schema.split("(", 1)[0].strip()
     op = _ops[name] = Operator(name, reference)
@@ -177,8 +201,19 @@ def define_op(
     LIBRARY.impl(name, op.run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"g2rpo::{name}", fake, lib=LIBRARY)
     if backward is not None:
+
+        def mark_and_setup(ctx, inputs, output):
+            if isinstance(output, tuple):
+                ctx.mark_non_differentiable(*output[1:])
+                ctx.set_materialize_grads(False)  # or torch would fill zeros for each of them
+            if setup_context is not None:
+                setup_context(ctx, inputs, output)
+
         torch.library.register_autograd(
-            f"g2rpo::{name}", backward, setup_context=setup_context, lib=LIBRARY
+            f"g2rpo::{name}",
+            lambda ctx, grad, *_: backward(ctx, grad),
+            setup_context=mark_and_setup,
+            lib=LIBRARY,
         )
         op.function = _direct_function(op, backward, setup_context)
     op.overload = getattr(torch.ops.g2rpo, name).default
@@ -188,15 +223,26 @@ def define_op(
 def _direct_function(
     op: Operator, backward: Callable, setup_context: Callable | None
 ) -> type[torch.autograd.Function]:
-    """What `register_autograd` generates, less the way back through the dispatcher."""
+    """What `register_autograd` generates, less the way back through the dispatcher.
+
+    Outputs behind the first go past autograd, into the list that is the last argument.
+    """
 
     def forward(ctx, *arguments):
+        *arguments, others = arguments
         output = op.select(arguments[0].device)(*arguments)  # contiguous, as Operator has seen
         if setup_context is not None:
             setup_context(ctx, arguments, output)
-        return output
+        if not isinstance(output, tuple):
+            return output
+        others += output[1:]
+        return output[0]
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def backward_and_none(ctx, grad):
+        grads = backward(ctx, grad)
+        return (*grads, None) if isinstance(grads, tuple) else (grads, None)
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward_and_none)}
     # The base of autograd.Function, whose own apply() asks again for what Operator has asked.
     return type(f"{op.name}_function", (torch.autograd.function._SingleLevelFunction,), members)
 
@@ -208,6 +254,7 @@ def add_backend(op_name: str, backend: str, implementation: Callable) -> None:
     if op_name not in _ops:
         raise ValueError(f"op_name is {op_name!r}; expected one of {sorted(_ops)}")
     _ops[op_name].implementations[backend] = implementation
+    _ops[op_name].forget()
     _absent.pop(backend, None)
 
 
@@ -216,6 +263,8 @@ def set_probe(backend: str, probe: Callable[[torch.device], str | None]) -> None
     _probes[backend] = probe
     for key in [key for key in _answers if key[0] == backend]:
         del _answers[key]
+    for op in _ops.values():
+        op.forget()
 
 
 def refusal(backend: str, device: torch.device) -> str | None:

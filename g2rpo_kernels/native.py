@@ -32,6 +32,10 @@ def _array(x: Tensor | None) -> tuple[int, int]:
     return _NOT_GIVEN if x is None else (x.data_ptr(), _DTYPES[x.dtype])
 
 
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
 def _row_size(velocity: Tensor) -> int:
     """N, the elements of one row, also where there is no row."""
     rows = velocity.shape[0]
@@ -71,10 +75,8 @@ class _Launchers:
 
     def scratch(
         self, table: Tensor, rows: int, branches: int, count: int, extras: int = 0
-    ) -> Tensor | None:
+    ) -> Tensor:
         """For the partial sums of a reduction on a GPU; the CPU keeps its own."""
-        if not self.cuda:
-            return None
         return table.new_empty(self.ops.scratch_size(rows, branches, count, extras))
 
     def step_mean(self, velocity: Tensor, latents: Tensor, table: Tensor) -> Tensor:
@@ -120,11 +122,11 @@ class _Launchers:
             x_next = table.new_empty(*noise.shape)
         log_prob = table.new_empty(*leading)
         branches, count = leading[1] if len(leading) > 1 else 1, _row_size(velocity)
-        scratch = self.scratch(table, leading[0], branches, count)
+        scratch = self.scratch(table, leading[0], branches, count) if self.cuda else None
         self.ops.sde_step(
             *_step(velocity, latents, table), branches, count,
-            0 if seeds is None else seeds.data_ptr(), *_array(noise),
-            x_next.data_ptr(), log_prob.data_ptr(), _array(scratch)[0], *self.where(velocity),
+            _pointer(seeds), *_array(noise),
+            x_next.data_ptr(), log_prob.data_ptr(), _pointer(scratch), *self.where(velocity),
         )  # fmt: skip
         return x_next, log_prob
 
@@ -134,10 +136,10 @@ class _Launchers:
         leading = x_next.shape[: 1 + x_next.ndim - velocity.ndim]
         log_prob = table.new_empty(*leading)
         branches, count = leading[1] if len(leading) > 1 else 1, _row_size(velocity)
-        scratch = self.scratch(table, leading[0], branches, count)
+        scratch = self.scratch(table, leading[0], branches, count) if self.cuda else None
         self.ops.branch_log_prob(
             *_step(velocity, latents, table), branches, count, *_array(x_next),
-            log_prob.data_ptr(), _array(scratch)[0], *self.where(velocity),
+            log_prob.data_ptr(), _pointer(scratch), *self.where(velocity),
         )  # fmt: skip
         return log_prob
 
@@ -152,7 +154,7 @@ class _Launchers:
         loss, statistics = table.new_empty(()), table.new_empty(5)
         log_prob, grad_log_prob = torch.empty_like(old_log_prob), torch.empty_like(old_log_prob)
         extras = (reference_velocity is not None) + (old_velocity is not None)
-        scratch = self.scratch(table, leading[0], branches, count, extras)
+        scratch = self.scratch(table, leading[0], branches, count, extras) if self.cuda else None
         self.ops.policy_loss(
             *_step(velocity, latents, table), branches, count, *_array(x_next),
             old_log_prob.data_ptr(), advantages.data_ptr(),
@@ -160,7 +162,7 @@ class _Launchers:
             1 - clip_range, 1 + clip_range, clip_range,
             math.inf if advantage_clip is None else advantage_clip, kl_weight,
             loss.data_ptr(), log_prob.data_ptr(), grad_log_prob.data_ptr(), statistics.data_ptr(),
-            _array(scratch)[0], *self.where(velocity),
+            _pointer(scratch), *self.where(velocity),
         )  # fmt: skip
         return loss, log_prob, grad_log_prob, statistics
 
@@ -175,7 +177,7 @@ class _Launchers:
         self.ops.log_prob_backward(
             *_step(velocity, latents, table),
             leading[1] if len(leading) > 1 else 1, _row_size(velocity),
-            *_array(x_next), grad_log_prob.data_ptr(), _array(scale)[0],
+            *_array(x_next), grad_log_prob.data_ptr(), _pointer(scale),
             *_array(old_velocity), *_array(reference_velocity), kl_weight,
             grad_velocity.data_ptr(), *self.where(velocity),
         )  # fmt: skip

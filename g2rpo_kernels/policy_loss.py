@@ -204,17 +204,15 @@ def _setup_context(ctx, inputs, output):
     velocity, latents, x_next, _, _, table, _, _, reference_velocity, kl_weight, old_velocity = (
         inputs
     )
-    _, log_prob, grad_log_prob, statistics = output
-    ctx.mark_non_differentiable(log_prob, grad_log_prob, statistics)
-    ctx.set_materialize_grads(False)  # else torch fills zeros for those three in every backward
+    grad_log_prob = output[2]
     ctx.save_for_backward(
         grad_log_prob, velocity, latents, x_next, table, old_velocity, reference_velocity
     )
     ctx.kl_weight = kl_weight
 
 
-def _backward(ctx, grad_loss, *_):
-    if grad_loss is None:  # not materialised, see above
+def _backward(ctx, grad_loss):
+    if grad_loss is None:
         return (None,) * 11
     grad_log_prob, velocity, latents, x_next, table, old_velocity, reference_velocity = (
         ctx.saved_tensors
