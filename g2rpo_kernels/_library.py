@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._direct import direct_function, something_listens
+
 LIBRARY = torch.library.Library("g2rpo", "DEF")
 
 # Best first. A device type not listed here (mps, xpu, ...) runs the reference.
@@ -77,7 +79,7 @@ class Operator:
         native op takes on a small tensor. They are needed while something listens to them, and for
         tensors that are a subclass, lazily negated, or on another kind of device.
         """
-        if _something_listens():
+        if something_listens():
             return self.overload(*arguments)
         ready, needs_grad = True, False
         for x in arguments:
@@ -85,11 +87,11 @@ class Operator:
             if kind is Tensor or kind is Parameter:
                 if x.is_neg() or not (x.is_cpu or x.is_cuda):
                     return self.overload(*arguments)
-                ready = ready and x.is_contiguous() and x.dtype is not _float64
+                ready = ready and x.is_contiguous() and x.dtype is not torch.float64
                 needs_grad = needs_grad or x.requires_grad
             elif kind not in _NOT_TENSORS and isinstance(x, Tensor):
                 return self.overload(*arguments)
-        if needs_grad and self.function is not None and _grad_enabled():
+        if needs_grad and self.function is not None and torch.is_grad_enabled():
             if not ready:  # rare, and not worth a second way
                 return self.overload(*arguments)
             others: list[Tensor] = []
@@ -104,7 +106,7 @@ class Operator:
         given, wide = [], False
         for x in arguments:
             if isinstance(x, Tensor):
-                wide = wide or x.dtype is _float64
+                wide = wide or x.dtype is torch.float64
                 given.append(x.contiguous())
             else:
                 given.append(x)
@@ -152,27 +154,6 @@ class Operator:
 
 _ops: dict[str, Operator] = {}
 _NOT_TENSORS = frozenset({type(None), int, float, list, tuple})
-_float64 = torch.float64
-_grad_enabled = torch.is_grad_enabled
-# Each of torch's own ways to be asked "does anybody look?"; tens of nanoseconds each.
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transforms = torch._C._functorch.maybe_current_level  # grad, vmap, ...: None outside of them
-_jit_trace = torch._C._get_tracing_state
-_profiling = torch.autograd._profiler_enabled
-_compiling = torch.compiler.is_compiling
-
-
-def _something_listens() -> bool:
-    """Whether a graph is traced, a mode or transform is active, or the profiler runs."""
-    return (
-        _compiling()
-        or _dispatch_modes() > 0
-        or _function_modes() > 0
-        or _transforms() is not None
-        or _jit_trace() is not None
-        or _profiling()
-    )
 
 
 def define_op(
@@ -215,36 +196,9 @@ def define_op(
             setup_context=mark_and_setup,
             lib=LIBRARY,
         )
-        op.function = _direct_function(op, backward, setup_context)
+        op.function = direct_function(op, backward, setup_context)
     op.overload = getattr(torch.ops.g2rpo, name).default
     return op
-
-
-def _direct_function(
-    op: Operator, backward: Callable, setup_context: Callable | None
-) -> type[torch.autograd.Function]:
-    """What `register_autograd` generates, less the way back through the dispatcher.
-
-    Outputs behind the first go past autograd, into the list that is the last argument.
-    """
-
-    def forward(ctx, *arguments):
-        *arguments, others = arguments
-        output = op.select(arguments[0].device)(*arguments)  # contiguous, as Operator has seen
-        if setup_context is not None:
-            setup_context(ctx, arguments, output)
-        if not isinstance(output, tuple):
-            return output
-        others += output[1:]
-        return output[0]
-
-    def backward_and_none(ctx, grad):
-        grads = backward(ctx, grad)
-        return (*grads, None) if isinstance(grads, tuple) else (grads, None)
-
-    members = {"forward": staticmethod(forward), "backward": staticmethod(backward_and_none)}
-    # The base of autograd.Function, whose own apply() asks again for what Operator has asked.
-    return type(f"{op.name}_function", (torch.autograd.function._SingleLevelFunction,), members)
 
 
 def add_backend(op_name: str, backend: str, implementation: Callable) -> None:
