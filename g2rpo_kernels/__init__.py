@@ -5,8 +5,8 @@
     x_next, log_prob = gk.sde_step(velocity, latents, c, seeds=seeds)
 
 Every op has a plain PyTorch reference that runs on any device; native and Triton backends are
-chosen per device where they are there (`backends()` says which and why). All ops are registered with
-`torch.library` under the namespace `g2rpo` and trace under `torch.compile(fullgraph=True)`.
+chosen per device where they are there (`backends()` says which and why). All ops are registered
+with `torch.library` under the namespace `g2rpo` and trace under `torch.compile(fullgraph=True)`.
 """
 
 from ._library import BackendStatus, backends, use_backend

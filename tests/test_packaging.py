@@ -232,7 +232,9 @@ def test_triton_is_pinned_as_torch_pins_it() -> None:
 FAKE_PYTHON = """#!/bin/sh
 echo "$*" >> "$LOG"
 case "$*" in
-    "-m venv "*) mkdir -p "$3/bin" && for name in python pip g2rpo; do cp "$0" "$3/bin/$name"; done ;;
+    "-m venv "*)
+        mkdir -p "$3/bin"
+        for name in python pip g2rpo; do cp "$0" "$3/bin/$name"; done ;;
     "-m pip install "*) exit "$PIP_STATUS" ;;
 esac
 """
