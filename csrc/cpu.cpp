@@ -90,12 +90,12 @@ void square_sums(const Step& step, Array x_next, const Array* others, int64_t ot
     read_mean(step, tile, buffers, buffers.mean);
     for (int64_t g = 0; g < step.branches; ++g) {
       const float* x = read(x_next, branch_offset(step, tile, g), tile.size, buffers.other);
-      partial.at(tile, g) = square_sum_tile(x, buffers.mean, tile.size);
+      partial.at(tile, g) = square_sum_tile(x, buffers.mean, x + step.count, tile.size);
     }
     const float* v = read(step.velocity, tile.offset, tile.size, buffers.velocity);
     for (int64_t i = 0; i < other_count; ++i) {
       const float* other = read(others[i], tile.offset, tile.size, buffers.other);
-      partial.at(tile, step.branches + i) = square_sum_tile(v, other, tile.size);
+      partial.at(tile, step.branches + i) = square_sum_tile(v, other, v, tile.size);
     }
   });
 }
@@ -177,8 +177,9 @@ void sde_step(const SdeStep& a) {
       } else {
         eps = read(a.noise, offset, tile.size, buffers.other);
       }
-      branch_tile(k, buffers.mean, eps, a.x_next + offset, tile.size);
-      partial.at(tile, g) = square_sum_tile(a.x_next + offset, buffers.mean, tile.size);
+      float* x_next = a.x_next + offset;
+      branch_tile(k, buffers.mean, eps, x_next, tile.size);
+      partial.at(tile, g) = square_sum_tile(x_next, buffers.mean, x_next, tile.size);
     }
   });
   finish_log_probs(step, partial, a.log_prob);
@@ -240,7 +241,7 @@ void log_prob_backward(const LogProbBackward& a) {
       const float grad = a.grad_log_prob[tile.row * step.branches + g];
       sum_of_grads += grad;
       const float* x = read(a.x_next, branch_offset(step, tile, g), tile.size, buffers.other);
-      add_gap_tile(grad, x, buffers.mean, total, tile.size);
+      add_gap_tile(grad, x, buffers.mean, x + step.count, total, tile.size);
     }
     const GradientFactors factors =
         gradient_factors(coefficients_of(step.table, step.table_stride, tile.row), step.count,
@@ -248,11 +249,11 @@ void log_prob_backward(const LogProbBackward& a) {
     const float* v = read(step.velocity, tile.offset, tile.size, buffers.velocity);
     if (a.old_velocity.data) {
       const float* other = read(a.old_velocity, tile.offset, tile.size, buffers.other);
-      add_gap_tile(factors.old, v, other, total, tile.size);
+      add_gap_tile(factors.old, v, other, v, total, tile.size);
     }
     if (a.reference_velocity.data) {
       const float* other = read(a.reference_velocity, tile.offset, tile.size, buffers.other);
-      add_gap_tile(factors.reference, v, other, total, tile.size);
+      add_gap_tile(factors.reference, v, other, v, total, tile.size);
     }
     scale_tile(factors.whole, total, tile.size);
     write(total, tile.size, a.grad_velocity, step.velocity.dtype, tile.offset);

