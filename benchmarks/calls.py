@@ -9,7 +9,7 @@ from measure import Settings
 from timing import Variant, interleave, quartiles, wall_blocks
 from workloads import TASKS, Case, another_set, make_inputs
 
-SHAPE = "primes"  # 3 anchors x 5 branches x 77 elements
+SHAPE = "one"  # anchor, branch and element: no arithmetic to speak of
 FORWARD, BACKWARD = "forward", "forward+backward"
 
 

@@ -81,6 +81,9 @@ def verdicts(content: dict) -> list[str]:
         if found:
             worst = max(found, key=found.get)
             verdict = "reached" if found[worst] <= most else "MISSED"
-            lines.append(f"{'tiny call, ' + direction:44} {verdict}: {found[worst]:.1f} us at most "
-                         f"({worst.split()[0]}), goal {most:g}")  # fmt: skip
+            kept = sum(t <= most for t in found.values())
+            lines.append(
+                f"{'tiny call, ' + direction:44} {verdict}: {found[worst]:.1f} us at most "
+                f"({worst.split()[0]}), goal {most:g}: {kept} of {len(found)} within"
+            )
     return lines

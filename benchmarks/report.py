@@ -194,7 +194,7 @@ def calls_text(content: dict) -> str:
         op, direction = name.split()
         times.setdefault(op, []).append(f"{value:.3g}" + (" fwd + bwd" if "+" in direction else ""))
     listed = "; ".join(f"`{op}` {', '.join(values)}" for op, values in times.items())
-    return f"One call on tensors too small to matter (`{content['calls']['shape']}`), µs: {listed}."
+    return f"One call on tensors of a single element, µs: {listed}."
 
 
 def plot_name(content: dict) -> str:

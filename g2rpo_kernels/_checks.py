@@ -136,10 +136,8 @@ def check_gaussian(coefficients: StepCoefficients) -> None:
 
 def refuse_grad(op: str, instead: str, **tensors: Tensor | None) -> None:
     """Raise when autograd would need a gradient that this op does not give."""
-    if not torch.is_grad_enabled():
-        return
     for name, x in tensors.items():
-        if x is not None and x.requires_grad:
+        if x is not None and x.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} requires a gradient, which {op} does not give; expected a detached "
                 f"tensor or torch.no_grad(): {instead}"

@@ -53,7 +53,7 @@ def _per_row(name: str, value: Tensor | float, velocity: Tensor) -> Tensor:
             f"{name} has shape {tuple(value.shape)}; expected a number, [1] or "
             f"[{velocity.shape[0]}], one a row of velocity"
         )
-    return value.to(torch.float32)
+    return value if value.dtype is torch.float32 else value.to(torch.float32)
 
 
 def _delta(sigma: Tensor, sigma_next: Tensor, like: Tensor) -> Tensor:
