@@ -30,7 +30,7 @@ from results import Store, default_path, load
 import g2rpo_kernels as gk
 from g2rpo import doctor
 
-TESTS = ("ops", "normal", "policy_loss", "group_advantages", "tracing")
+TESTS = ("ops", "native", "normal", "policy_loss", "group_advantages", "compat", "tracing")
 CRASHES = 3  # how often the benchmarks are taken up again after their process has died
 
 

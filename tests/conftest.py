@@ -40,3 +40,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         ran = [str(target) for target in targets() if target.backend == name]
         counts = [f"{t}: {passed[t]} passed, {failed[t]} failed" for t in ran]
         terminalreporter.line("; ".join(counts) or f"{name}: not run, {status.reason}")
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "elsewhere":  # in a process of its own, on a machine without a GPU
+                terminalreporter.line(value)

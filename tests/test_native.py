@@ -112,7 +112,7 @@ def test_every_element_of_every_output_is_written(
 
 
 def test_threads_change_no_bit(target: Target) -> None:
-    if target.device != "cpu":
+    if target.backend not in ("reference", "cpu") or target.device != "cpu":
         pytest.skip("threads of the host")
     before = torch.get_num_threads()
     shape = cases.Shape("threads", 3, 2, (30011,))  # large enough to be shared out
@@ -186,6 +186,11 @@ def test_the_vector_variant_changes_no_bit(tmp_path: Path) -> None:
     assert torch.equal(outcomes[0][2][:, 1].view(torch.float16), flat.half())
 
 
+def skip_interpreted_bfloat16(target: Target, dtype: torch.dtype) -> None:
+    if target == Target("triton", "cpu") and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter cuts bfloat16's rounding and subnormals; GPUs do not")
+
+
 HALVES = [
     0.0, -0.0, 1.0, -1.0, 65504.0, 65519.9, 65520.0, 1e6, 3.4e38, 6.1e-5, 6.0e-5, 5.97e-8, 2.9e-8,
     2.99e-8, 1e-30, 1.0009765625, 1.00048828125, math.inf, -math.inf, math.nan,
@@ -197,6 +202,7 @@ def test_gradients_round_to_half_precision_as_torch_does(
     dtype: torch.dtype, target: Target
 ) -> None:
     """Subnormals, ties, overflow, NaN: through the backward, whose gradient is velocity's dtype."""
+    skip_interpreted_bfloat16(target, dtype)
     values = torch.tensor(HALVES, device=target.device)
     table = gk.StepCoefficients(torch.tensor([[0.0, 1.0, 1.0, 1.0, 0.0]]), "cps")
     velocity = torch.zeros(1, len(HALVES), dtype=dtype, device=target.device, requires_grad=True)
@@ -211,6 +217,7 @@ def test_gradients_round_to_half_precision_as_torch_does(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_half_precision_value_is_read_exactly(dtype: torch.dtype, target: Target) -> None:
     """All 65,536 bit patterns, as latents of a step that changes nothing."""
+    skip_interpreted_bfloat16(target, dtype)
     latents = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     latents = latents[latents.isfinite()].to(target.device).unsqueeze(0)
     same = gk.StepCoefficients(torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0]]), "cps").to(target.device)
