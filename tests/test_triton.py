@@ -6,6 +6,7 @@ tests on target triton-cpu, and the tests of this file marked `interpreted`.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import re
@@ -19,7 +20,6 @@ import formulas
 import numpy as np
 import pytest
 import torch
-from cases import Target
 from torch import Tensor
 
 import g2rpo_kernels as gk
@@ -75,7 +75,7 @@ def test_every_op_has_a_launcher_with_the_signature_of_its_reference() -> None:
 
 @compiled
 def test_op_tests_in_the_interpreter(record_property: Callable) -> None:
-    chosen = "(triton-cpu or test_words_are)"
+    chosen = "(triton-cpu or test_words_are or test_offsets)"
     chosen += "".join(f" and not ({what})" for what in TOO_LONG)
     files = ("ops", "native", "normal", "policy_loss", "group_advantages", "triton")
     done = python(
@@ -137,64 +137,30 @@ def test_words_are_those_of_randint4x_and_noise_that_of_randn4x(counter: int) ->
     torch.testing.assert_close(our_noise, their_noise, rtol=0, atol=1e-5)
 
 
-def simulated_normal(seeds: Tensor, count: int) -> np.ndarray:
-    """The noise in NumPy's float32, operation by operation: the bits that backends agree on."""
-    f = np.float32
+@interpreted
+def test_offsets_beyond_32_bits(tmp_path: Path) -> None:
+    """Rows of 2^30 elements in sparse memory: the third begins at 2^31, past what an int32 holds.
 
-    def polynomial(x: np.ndarray, *coefficients: float) -> np.ndarray:
-        value = f(coefficients[0]) * x + f(coefficients[1])
-        for c in coefficients[2:]:
-            value = value * x + f(c)
-        return value
+    One program a row, told that a row has one chunk, so that three programs are enough.
+    """
+    rows, elements, block = 3, 2**30, 16
 
-    words = formulas.words_of(seeds.numpy(), -(-count // 4) * 4).astype(np.uint32)
-    uniform = np.minimum(words, ~words).astype(f) * f(4.6566127342e-10)
-    u1, u2 = np.maximum(uniform[..., 0::2], f(1e-7)), uniform[..., 1::2]
-    bits = u1.view(np.int32)
-    exponent = (bits - np.int32(0x3F3504F3)) >> 23
-    x = (bits - (exponent << 23)).view(f) - f(1)
-    z, e = x * x, exponent.astype(f)
-    p = polynomial(
-        x, 7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
-        -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
-    )  # fmt: skip
-    y = ((x * z) * p + e * f(-2.12194440e-4)) - f(0.5) * z
-    radius = np.sqrt(f(-2) * ((x + y) + e * f(0.693359375)))
-    t = f(4) * u2
-    quarter = np.floor(t + f(0.5))
-    r = (t - quarter) * f(1.57079632679489662)
-    z = r * r
-    sine = (polynomial(z, -1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1) * z) * r + r
-    cosine = polynomial(z, 2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
-    cosine = (cosine * z) * z + (f(1) - f(0.5) * z)
-    k = quarter.astype(int) & 3
-    both = np.stack(
-        [np.choose(k, [cosine, -sine, -cosine, sine]), np.choose(k, [sine, cosine, -sine, -cosine])]
+    def sparse(name: str, dtype: torch.dtype) -> Tensor:
+        x = torch.from_file(str(tmp_path / name), True, rows * elements, dtype=dtype)
+        return x.view(rows, elements)
+
+    velocity, latents = sparse("velocity", torch.bfloat16), sparse("latents", torch.bfloat16)
+    mean, table = sparse("mean", torch.float32), cases.step_rows(rows).table
+    velocity[:, :block] = torch.randn(rows, block, generator=cases.generator("offsets")).bfloat16()
+    latents[:, :block] = torch.randn(rows, block, generator=cases.generator("more")).bfloat16()
+    kernel = importlib.import_module("g2rpo_kernels.triton.step_mean").step_mean_kernel
+    kernel[(rows,)](
+        velocity, latents, table, mean, elements, 1, table.stride(0), BLOCK=block
     )
-    return np.moveaxis(radius * both, 0, -1).reshape(*seeds.shape, -1)[..., :count]
-
-
-def test_the_noise_has_the_bits_of_its_description(target: Target) -> None:
-    """Compared as integers, on every backend but the reference, which calls torch's functions."""
-    if target.backend == "reference":
-        pytest.skip("the reference computes the same noise with torch.log, cos and sin, to 1e-5")
-    seeds = cases.random_seeds((8,), "simulated")
-    noise = gk.normal(seeds.to(target.device), (4099,)).cpu().numpy()
-    simulated = simulated_normal(seeds, 4099)
-    assert np.array_equal(noise.view(np.int32), simulated.view(np.int32))
-
-
-def test_x_next_has_the_bits_of_its_description(target: Target) -> None:
-    """Products and sums rounded one by one: no backend contracts them."""
-    draw = cases.generator("x_next")
-    velocity, latents = torch.randn(2, 3, 1051, generator=draw)
-    seeds, coefficients = cases.random_seeds((3, 2), "x_next"), cases.step_rows(3)
-    noise = gk.normal(seeds.to(target.device), (1051,)).cpu()
-    moved = [x.to(target.device) for x in (velocity, latents)]
-    got, _ = gk.sde_step(*moved, coefficients.to(target.device), seeds=seeds.to(target.device))
-    a, b, s = (coefficients.table[:, i].view(-1, 1, 1) for i in range(3))
-    mean = a * latents.unsqueeze(1) + b * velocity.unsqueeze(1)
-    assert torch.equal(got.cpu(), mean + s * noise)
+    first = gk.StepCoefficients(table, "flow")
+    with gk.use_backend("reference"):
+        want = gk.step_mean(velocity[:, :block], latents[:, :block], first)
+    assert torch.equal(mean[:, :block], want)
 
 
 # ---- Compiled ahead of time ----
