@@ -22,13 +22,13 @@ struct Tile {
 };
 
 // body(Tile) for every tile of every row, on all threads when there is work for them.
-template <class Body>
+template <int64_t Size = tile_size, class Body>
 void for_tiles(int64_t rows, int64_t count, int64_t work, const Body& body) {
-  const int64_t tiles = tiles_of(count);
+  const int64_t tiles = (count + Size - 1) / Size;
 #pragma omp parallel for schedule(static) if (work >= parallel_from)
   for (int64_t i = 0; i < rows * tiles; ++i) {
-    const int64_t row = i / tiles, index = i % tiles, first = index * tile_size;
-    body(Tile{row, index, first, std::min(tile_size, count - first), row * count + first});
+    const int64_t row = i / tiles, index = i % tiles, first = index * Size;
+    body(Tile{row, index, first, std::min(Size, count - first), row * count + first});
   }
 }
 
@@ -53,8 +53,8 @@ class Partial {
     if (size > small_scratch) heap_.reset(new float[static_cast<size_t>(size)]);
     values_ = heap_ ? heap_.get() : few_;
   }
-  float& at(const Tile& tile, int64_t branch) {
-    return values_[(tile.row * branches_ + branch) * tiles_ + tile.index];
+  float& at(int64_t row, int64_t branch, int64_t tile) {
+    return values_[(row * branches_ + branch) * tiles_ + tile];
   }
   float sum(int64_t row, int64_t branch) const {
     const float* from = values_ + (row * branches_ + branch) * tiles_;
@@ -83,19 +83,37 @@ int64_t branch_offset(const Step& step, const Tile& tile, int64_t g) {
 }
 
 // Partial sums of (x_next - mean)^2, and of (v - v_other)^2 behind the branches' own.
+//
+// x_next comes from memory, and memory is fastest along long runs: a thread makes the mean of several
+// tiles and then reads a branch through all of them. The sums are still those of single tiles.
 void square_sums(const Step& step, Array x_next, const Array* others, int64_t other_count,
                  Partial& partial) {
-  for_tiles(step.rows, step.count, work_of(step), [&](const Tile& tile) {
+  constexpr int64_t run = 8;
+  for_tiles<run * tile_size>(step.rows, step.count, work_of(step), [&](const Tile& span) {
+    alignas(64) float mean[run * tile_size];
     Buffers buffers;
-    read_mean(step, tile, buffers, buffers.mean);
+    const auto for_each = [&](const auto& body) {  // body(tile of the row, its offset in the span)
+      for (int64_t at = 0; at < span.size; at += tile_size) {
+        const int64_t first = span.first + at;
+        body(Tile{span.row, first / tile_size, first, std::min(tile_size, span.size - at),
+                  span.offset + at}, at);
+      }
+    };
+    for_each([&](const Tile& tile, int64_t at) { read_mean(step, tile, buffers, mean + at); });
     for (int64_t g = 0; g < step.branches; ++g) {
-      const float* x = read(x_next, branch_offset(step, tile, g), tile.size, buffers.other);
-      partial.at(tile, g) = square_sum_tile(x, buffers.mean, x + step.count, tile.size);
+      for_each([&](const Tile& tile, int64_t at) {
+        const float* x = read(x_next, branch_offset(step, tile, g), tile.size, buffers.other);
+        partial.at(tile.row, g, tile.index) =
+            square_sum_tile(x, mean + at, x + 2 * tile_size, tile.size);
+      });
     }
-    const float* v = read(step.velocity, tile.offset, tile.size, buffers.velocity);
     for (int64_t i = 0; i < other_count; ++i) {
-      const float* other = read(others[i], tile.offset, tile.size, buffers.other);
-      partial.at(tile, step.branches + i) = square_sum_tile(v, other, v, tile.size);
+      for_each([&](const Tile& tile, int64_t) {
+        const float* v = read(step.velocity, tile.offset, tile.size, buffers.velocity);
+        const float* other = read(others[i], tile.offset, tile.size, buffers.other);
+        partial.at(tile.row, step.branches + i, tile.index) =
+            square_sum_tile(v, other, v, tile.size);
+      });
     }
   });
 }
@@ -179,7 +197,7 @@ void sde_step(const SdeStep& a) {
       }
       float* x_next = a.x_next + offset;
       branch_tile(k, buffers.mean, eps, x_next, tile.size);
-      partial.at(tile, g) = square_sum_tile(x_next, buffers.mean, x_next, tile.size);
+      partial.at(tile.row, g, tile.index) = square_sum_tile(x_next, buffers.mean, x_next, tile.size);
     }
   });
   finish_log_probs(step, partial, a.log_prob);

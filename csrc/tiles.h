@@ -64,7 +64,7 @@ G2RPO_CLONES void branch_tile(Coefficients k, const float* mean, const float* ep
 }
 
 // Asks for 64 floats of what is read next. The hardware's own prefetch ends at every page of 4 KiB,
-// and the next branch lies a whole row further on. An address that is not mapped does no harm.
+// and the next branch may lie a whole row further on. An address that is not mapped does no harm.
 // Measured at 12 x 2025 x 64: the gradient takes 20 % less time with it, the loss 5 to 12 %.
 G2RPO_INLINE void prefetch64(const float* next) {
 #if defined(__GNUC__)
