@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch._inductor.config
 from timing import (
     Block,
     Variant,
@@ -109,6 +110,8 @@ def variants_of(case: Case, sets: list[Inputs], device: str, settings: Settings)
     ]  # fmt: skip
     reference = task.reference_with_gradient if backward else task.reference
     if settings.compile:
+        # Else inductor starts worker processes, which load torch while the first case is timed.
+        torch._inductor.config.compile_threads = 1
         ways = {COMPILED_EAGER: task.eager if task.compile_eager else None}
         ways[COMPILED_REFERENCE] = reference
         for name, way in ways.items():
