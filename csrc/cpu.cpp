@@ -5,6 +5,9 @@
 // the bits of a row depend neither on the threads nor on the rows beside it.
 #include <algorithm>
 #include <memory>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "tiles.h"
 
@@ -22,14 +25,23 @@ struct Tile {
 };
 
 // body(Tile) for every tile of every row, on all threads when there is work for them.
-template <int64_t Size = tile_size, class Body>
-void for_tiles(int64_t rows, int64_t count, int64_t work, const Body& body) {
-  const int64_t tiles = (count + Size - 1) / Size;
+template <class Body>
+void for_tiles(int64_t rows, int64_t count, [[maybe_unused]] int64_t work, const Body& body,
+               int64_t size = tile_size) {
+  const int64_t tiles = (count + size - 1) / size;
 #pragma omp parallel for schedule(static) if (work >= parallel_from)
   for (int64_t i = 0; i < rows * tiles; ++i) {
-    const int64_t row = i / tiles, index = i % tiles, first = index * Size;
-    body(Tile{row, index, first, std::min(Size, count - first), row * count + first});
+    const int64_t row = i / tiles, index = i % tiles, first = index * size;
+    body(Tile{row, index, first, std::min(size, count - first), row * count + first});
   }
+}
+
+int64_t threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
 }
 
 struct Buffers {
@@ -88,9 +100,11 @@ int64_t branch_offset(const Step& step, const Tile& tile, int64_t g) {
 // tiles and then reads a branch through all of them. The sums are still those of single tiles.
 void square_sums(const Step& step, Array x_next, const Array* others, int64_t other_count,
                  Partial& partial) {
-  constexpr int64_t run = 8;
-  for_tiles<run * tile_size>(step.rows, step.count, work_of(step), [&](const Tile& span) {
-    alignas(64) float mean[run * tile_size];
+  constexpr int64_t longest = 8;  // tiles; one alone where a long run would leave threads idle
+  const int64_t all = step.rows * tiles_of(step.count);
+  const int64_t run = all >= 2 * longest * threads() ? longest : 1;
+  const auto sum_span = [&](const Tile& span) {
+    alignas(64) float mean[longest * tile_size];
     Buffers buffers;
     const auto for_each = [&](const auto& body) {  // body(tile of the row, its offset in the span)
       for (int64_t at = 0; at < span.size; at += tile_size) {
@@ -115,7 +129,8 @@ void square_sums(const Step& step, Array x_next, const Array* others, int64_t ot
             square_sum_tile(v, other, v, tile.size);
       });
     }
-  });
+  };
+  for_tiles(step.rows, step.count, work_of(step), sum_span, run * tile_size);
 }
 
 float load(Array array, int64_t i) {
@@ -280,7 +295,7 @@ void log_prob_backward(const LogProbBackward& a) {
 
 void group_advantages(const GroupAdvantages& a) {
   const int64_t size = a.group_size, columns = a.groups * a.positions;
-  const int64_t work = a.models * a.granularities * columns * size * 8;
+  [[maybe_unused]] const int64_t work = a.models * a.granularities * columns * size * 8;
 #pragma omp parallel if (work >= parallel_from)
   {
     std::unique_ptr<double[]> buffer(new double[static_cast<size_t>(3 * size)]);

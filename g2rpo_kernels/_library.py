@@ -102,7 +102,7 @@ class Operator:
         return self.select(arguments[0].device)(*arguments)
 
     def run(self, *arguments):
-        """What the dispatcher calls: the chosen backend, handed contiguous tensors."""
+        """On the chosen backend, which is handed contiguous tensors; what the dispatcher calls."""
         given, wide = [], False
         for x in arguments:
             if isinstance(x, Tensor):
