@@ -16,6 +16,14 @@ from .errors import ConfigurationError
 from .schedule import noise_schedule
 
 
+# The attentions' and feed-forwards' linears of FLUX's double blocks.
+LORA_TARGETS = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+)  # fmt: skip
+
+
 def _expect(name: str, value: object, ok: bool, expected: str) -> None:
     if not ok:
         raise ConfigurationError(f"{name} is {value!r}; expected {expected}")
@@ -26,11 +34,38 @@ def _finite(value: float) -> bool:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters (PEFT) instead of full fine-tuning."""
+
+    rank: int = 0
+    """Rank of the adapters; 0: no adapters, all weights are trained."""
+    alpha: float | None = None
+    """Their scale times the rank; null: the rank, a scale of 1."""
+    targets: list[str] = field(default_factory=lambda: list(LORA_TARGETS))
+    """Linear layers that get one, by the end of their names."""
+
+    def validate(self) -> None:
+        _expect("model.lora.rank", self.rank, self.rank >= 0, "at least 0")
+        alpha = self.alpha
+        ok = alpha is None or (alpha > 0 and _finite(alpha))
+        _expect("model.lora.alpha", alpha, ok, "> 0, or null")
+        _distinct("model.lora.targets", self.targets)
+
+
+@dataclass
 class ModelConfig:
     """What is trained, and where."""
 
     path: str = "digits"
-    """What to train: 'digits', the embedded flow model of handwritten digits."""
+    """What to train: 'digits', the embedded flow model of handwritten digits; or a FLUX pipeline, as
+    a folder or a Hugging Face hub id such as black-forest-labs/FLUX.1-dev."""
+    transformer: str | None = None
+    """A .safetensors file with all of the transformer's weights to start from; null: those of path."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the transformer's weights and arithmetic; null: bfloat16, and float32 for the digits."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    gradient_checkpointing: bool = False
+    """Forward twice in the update instead of keeping every activation."""
     device: str = "auto"
     """Torch device, e.g. cpu or cuda:0; 'auto' takes the GPU when there is one."""
 
@@ -40,13 +75,28 @@ class DataConfig:
     """What it is asked to draw."""
 
     prompts: str | None = None
-    """Text file, one prompt a line; null: the prompts the model comes with."""
+    """Prompts: a text file, one a line; .jsonl with an object a line; or .csv with a header. null:
+    the prompts the model comes with."""
+    column: str = "prompt"
+    """Key or column that holds the prompt, in .jsonl and .csv files."""
+    embeddings: str | None = None
+    """Folder that `g2rpo embed` fills and training reads; null: training embeds as it goes."""
+    max_sequence_length: int = 512
+    """T5 tokens of a prompt, 1 to 512; longer prompts are cut."""
+
+    def validate(self) -> None:
+        length = self.max_sequence_length
+        _expect("data.max_sequence_length", length, 1 <= length <= 512, "1 to 512")
 
 
 @dataclass
 class RolloutConfig:
     """Anchor, branches and completions."""
 
+    height: int | None = None
+    """Height of the images in pixels, a multiple of 16; null: 720, and 8 for the digits."""
+    width: int | None = None
+    """Width of the images in pixels, a multiple of 16; null: 720, and 8 for the digits."""
     steps: int = 16
     """Steps T of the sampling schedule."""
     shift: float = 3.0
@@ -99,7 +149,7 @@ class RolloutConfig:
             ) from error
 
 
-def _distinct(name: str, values: list[int]) -> None:
+def _distinct(name: str, values: list[int] | list[str]) -> None:
     _expect(name, values, len(values) > 0, "at least one")
     _expect(name, values, len(set(values)) == len(values), "no value twice")
 
@@ -126,11 +176,14 @@ class ObjectiveConfig:
     """Advantages are clamped to plus or minus this (standard deviations); null: not at all."""
     stepping: Literal["accumulate", "per_position"] = "accumulate"
     """One optimizer step an update, exactly on-policy; or one after every SDE position."""
+    kl: float = 0.0
+    """Weight of the KL divergence to the starting policy, in the loss; 0: not computed."""
 
     def validate(self) -> None:
         _expect("objective.clip_range", self.clip_range, self.clip_range > 0, "> 0")
         clip = self.advantage_clip
         _expect("objective.advantage_clip", clip, clip is None or clip > 0, "> 0, or null")
+        _expect("objective.kl", self.kl, self.kl >= 0 and _finite(self.kl), ">= 0")
 
 
 @dataclass
@@ -175,17 +228,28 @@ class TrainConfig:
     """Updates between evaluations; there is always one before the first update and at the end."""
     evaluation_samples: int = 32
     """Images of an evaluation: the prompts in turn, the same noises every time."""
+    ema: float | None = None
+    """Decay of a moving average of the weights, an update, in [0, 1); evaluations then use it. null:
+    none is kept."""
+    max_skipped: int = 5
+    """Updates in a row with a loss or gradient that is not finite, after which the run ends."""
+    deterministic: bool = True
+    """Only algorithms that give the same bits every time, so that a resumed run goes on as if it had
+    not ended."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Where metrics go besides metrics.jsonl; must be installed."""
     output: str | None = None
     """Run directory; null: runs/<preset>-<time>."""
 
     def validate(self) -> None:
         for name, low in (
             ("updates", 1), ("prompts_per_update", 1), ("seed", 0), ("save_every", 1),
-            ("keep_last", 0), ("evaluate_every", 1), ("evaluation_samples", 1),
+            ("keep_last", 0), ("evaluate_every", 1), ("evaluation_samples", 1), ("max_skipped", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             _expect(f"train.{name}", value, value >= low, f"at least {low}")
         _expect("train.seed", self.seed, self.seed < 2**63, "less than 2^63")
+        _expect("train.ema", self.ema, self.ema is None or 0 <= self.ema < 1, "in [0, 1), or null")
 
 
 @dataclass
@@ -203,7 +267,8 @@ class Config:
 
     def validate(self) -> None:
         """Raise ConfigurationError naming the key, its value and what was expected."""
-        for group in (self.rollout, self.objective, self.optimizer, self.train):
+        groups = (self.model.lora, self.data, self.rollout, self.objective, self.optimizer, self.train)
+        for group in groups:
             group.validate()
         trained = [r.name for r in self.rewards if r.weight > 0 and not r.heldout]
         names = [r.name for r in self.rewards]
