@@ -21,7 +21,7 @@ import diffusers
 import torch
 
 from g2rpo import digits
-from g2rpo.cli import find_preset, make_parser, parse_config
+from g2rpo.arguments import find_preset, make_parser, parse_config
 from g2rpo.models import load_model
 from g2rpo.trainer import Trainer
 

@@ -1,9 +1,13 @@
 """Checkpoints: written beside and renamed, so that a killed run leaves whole ones only.
 
-    checkpoints/step-000050/transformer/config.json                         diffusers' layout
+    checkpoints/step-000050/transformer/config.json                         diffusers' layout, or
                             transformer/diffusion_pytorch_model.safetensors
+                            lora/pytorch_lora_weights.safetensors           of a run with adapters
+                            ema/...                                         the same of the average
                             training_state.pt                               optimizer and counters
                             manifest.json                                   sizes, written last
+
+Nothing is unpickled: safetensors, and `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -12,17 +16,18 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor
 
 from .errors import TrainingError
+from .weights import TrainedWeights
 
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+AVERAGE = "ema"
 STATE = "training_state.pt"
 MANIFEST = "manifest.json"
 
@@ -30,31 +35,43 @@ MANIFEST = "manifest.json"
 @dataclass(frozen=True)
 class Checkpoint:
     update: int
-    weights: dict[str, torch.Tensor]
+    weights: dict[str, Tensor]  # by parameter
+    average: dict[str, Tensor] | None  # the same of the moving average, where one is kept
     state: dict[str, Any]
     skipped: tuple[str, ...]  # newer checkpoints that could not be used, and why
 
 
 def save_checkpoint(
-    folder: Path, update: int, transformer: nn.Module, state: dict[str, Any], keep_last: int
+    folder: Path,
+    update: int,
+    weights: TrainedWeights,
+    average: Mapping[str, Tensor] | None,
+    state: dict[str, Any],
+    keep_last: int,
 ) -> Path:
     """Write checkpoints/step-<update> under `folder`, and of this one and those before it keep the
     newest keep_last.
 
-    state: what `torch.load(weights_only=True)` can read back. keep_last: 0 keeps all.
+    average: of the weights, by parameter; None: there is none. state: what
+    `torch.load(weights_only=True)` can read back. keep_last: 0 keeps all.
+
+    Raises TrainingError when it cannot be written (a full disk); those before are as they were.
     """
     final = folder / f"step-{update:06d}"
     partial = folder / f".step-{update:06d}.partial"
     for leftover in folder.glob(".step-*.partial"):  # of a run that was killed right here
         shutil.rmtree(leftover)
-    partial.mkdir(parents=True)
-    transformer.save_pretrained(partial / "transformer", max_shard_size="1TB")
-    torch.save(state, partial / STATE)
-    files = sorted(path for path in partial.rglob("*") if path.is_file())
-    sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
-    (partial / MANIFEST).write_text(json.dumps({"update": update, "bytes": sizes}, indent=1))
-    for path in (*files, partial / MANIFEST, partial / "transformer", partial):
-        _sync(path)
+    try:
+        _write(partial, update, weights, average, state)
+    except Exception as error:  # each writer has its own for a full disk; all are told
+        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+        shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        before = [path.name for path in list_checkpoints(folder)]
+        raise TrainingError(
+            f"the checkpoint {final} cannot be written: {error} (free on that disk: "
+            f"{free / 1e9:.1f} GB); {f'{before[-1]} is intact' if before else 'none is there yet'}. "
+            "Make room, then go on with --resume"
+        ) from error
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
@@ -64,6 +81,27 @@ def save_checkpoint(
         for old in [p for p in list_checkpoints(folder) if _update_of(p) <= update][:-keep_last]:
             shutil.rmtree(old)
     return final
+
+
+def _write(
+    partial: Path,
+    update: int,
+    weights: TrainedWeights,
+    average: Mapping[str, Tensor] | None,
+    state: dict[str, Any],
+) -> None:
+    (partial / weights.folder).mkdir(parents=True)
+    weights.save(partial / weights.folder)
+    if average is not None:
+        (partial / AVERAGE).mkdir()
+        weights.save(partial / AVERAGE, average)
+    torch.save(state, partial / STATE)
+    files = sorted(path for path in partial.rglob("*") if path.is_file())
+    sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
+    (partial / MANIFEST).write_text(json.dumps({"update": update, "bytes": sizes}, indent=1))
+    folders = sorted(path for path in partial.rglob("*") if path.is_dir())
+    for path in (*files, partial / MANIFEST, *folders, partial):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:
@@ -86,9 +124,12 @@ def _update_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
+def load_checkpoint(
+    folder: Path, weights: TrainedWeights, with_average: bool = False
+) -> Checkpoint | None:
     """The newest checkpoint that is whole, on the CPU; None if there is none to load.
 
+    weights: whose files are read; they are not changed. with_average: read the average, too.
     A truncated or unreadable one is passed over for the one before, and named in `skipped`.
     Raises TrainingError when there are checkpoints and none is whole.
     """
@@ -100,13 +141,14 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
                 found = (path / name).stat().st_size
                 if found != size:
                     raise OSError(f"{name} has {found} bytes; expected {size}")
-            weights = load_file(path / WEIGHTS)
+            values = weights.read(path / weights.folder)
+            average = weights.read(path / AVERAGE) if with_average else None
             state = torch.load(path / STATE, map_location="cpu", weights_only=True)
             update = int(manifest["update"])
         except Exception as error:  # damage shows in as many ways as there are readers; it is told
             skipped.append(f"{path.name}: {error}")
             continue
-        return Checkpoint(update, weights, state, tuple(skipped))
+        return Checkpoint(update, values, average, state, tuple(skipped))
     if skipped:
         raise TrainingError(
             f"no checkpoint under {folder} can be loaded: " + "; ".join(skipped)

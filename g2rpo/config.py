@@ -16,7 +16,7 @@ from .errors import ConfigurationError
 from .schedule import noise_schedule
 
 
-# The attentions' and feed-forwards' linears of FLUX's double blocks.
+# The attentions' linears of all of FLUX's blocks, the feed-forwards' of the double ones.
 LORA_TARGETS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
     "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
@@ -265,14 +265,18 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
-    def validate(self) -> None:
-        """Raise ConfigurationError naming the key, its value and what was expected."""
+    def validate(self, training: bool = True) -> None:
+        """Raise ConfigurationError naming the key, its value and what was expected.
+
+        training: False where no reward is needed.
+        """
         groups = (self.model.lora, self.data, self.rollout, self.objective, self.optimizer, self.train)
         for group in groups:
             group.validate()
         trained = [r.name for r in self.rewards if r.weight > 0 and not r.heldout]
         names = [r.name for r in self.rewards]
-        _expect("rewards", names, bool(trained), "at least one of weight > 0 that is not held out")
+        ok = bool(trained) or not training
+        _expect("rewards", names, ok, "at least one of weight > 0 that is not held out")
         _expect("rewards", names, len(set(names)) == len(names), "no reward twice")
         for reward in self.rewards:
             ok = reward.weight >= 0 and _finite(reward.weight)

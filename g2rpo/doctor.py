@@ -63,10 +63,12 @@ PACKAGES = (
     Package("transformers", "training: FLUX's text encoders", TRAIN, uses="T5EncoderModel"),
     Package("accelerate", "training", TRAIN),
     Package("safetensors", "training: checkpoints", TRAIN),
+    Package("huggingface_hub", "training: FLUX from the hub", TRAIN),
+    Package("peft", "training: LoRA", TRAIN),
     Package("jsonargparse", "training: configuration", TRAIN),
     Package("yaml", "training: configuration", TRAIN, "PyYAML"),
     Package("numpy", "training", TRAIN),
-    Package("filelock", "training: the digits model's cache", TRAIN),
+    Package("filelock", "training: one process a run", TRAIN),
     Package("platformdirs", "training: the digits model's cache", TRAIN),
     Package("sklearn", "training digits: scans and judges", TRAIN, "scikit-learn"),
     Package("threadpoolctl", "training digits: the same bits everywhere", TRAIN),
@@ -78,7 +80,9 @@ PACKAGES = (
     Package("flash_attn", "a coming version", "pip install 'g2rpo[flash]'", "flash-attn"),
     Package("bitsandbytes", "a coming version", "pip install 'g2rpo[bnb]'"),
     Package("torchao", "a coming version", "pip install torchao"),
-    Package("peft", "a coming version", "pip install peft"),
+    Package("tensorboard", "train.tracker tensorboard", "pip install tensorboard"),
+    Package("wandb", "train.tracker wandb", "pip install wandb"),
+    Package("trackio", "train.tracker trackio", "pip install trackio"),
     Package("pytest", "tests", TEST),
     Package("pytest_benchmark", "benchmarks under pytest", TEST, "pytest-benchmark"),
 )
@@ -240,6 +244,9 @@ def conclusions(
     ops = "; ".join(f"{device}: {why or 'work'}" for device, why in broken.items())
     lacking = [name for name in TRAIN_EXTRA if not found[name].works]
     digits = f"no: {', '.join(lacking)} missing or broken; {TRAIN}" if lacking else "yes"
+    flux = "no: no GPU; python examples/flux_miniature.py tries every command without one"
+    if gpu:
+        flux = "yes, where the GPU holds 23.8 GB of weights and what the activations need"
     cpu = statuses["cpu"]
     on_gpu = [name for name in ("cuda", "triton") if statuses[name].available]
     where = f"yes, {on_gpu[0]}" if on_gpu else "no, the reference runs there"
@@ -248,7 +255,7 @@ def conclusions(
         ("native CPU ops", "yes" if cpu.available else f"no: {cpu.reason}"),
         ("fused GPU ops", where if gpu else "no: no GPU"),
         ("g2rpo train digits", digits),
-        ("training FLUX.1-dev", "no: loading its folder is the work of a coming version"),
+        ("g2rpo train flux-lora", flux if digits == "yes" else digits),
     ]
 
 

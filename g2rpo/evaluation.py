@@ -39,8 +39,44 @@ def score_latents(
     for rows in row_slices(len(latents), batch_size):
         images = model.decode(latents[rows])
         for values, reward in zip(scores, rewards, strict=True):
-            values.append(score(reward, images, prompts[rows]))
+            values.append(score_finite(reward, images, prompts[rows]))
     return torch.stack([torch.cat(values) for values in scores])
+
+
+def score_finite(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:  # [N]
+    """`score`, but an image with a NaN or infinite pixel is a failed score, NaN, and is not shown to
+    the reward function: those are written for images."""
+    sound = images.isfinite().flatten(1).all(1)
+    if bool(sound.all()):
+        return score(reward, images, prompts)
+    values = images.new_full((len(images),), math.nan, dtype=torch.float64)
+    if bool(sound.any()):
+        kept = [prompt for prompt, ok in zip(prompts, sound.tolist(), strict=True) if ok]
+        values[sound] = score(reward, images[sound], kept)
+    return values
+
+
+def score_rollout(
+    model: Model,
+    finished: Tensor,  # [J, B * G, K, *S]
+    anchors: Tensor,  # [B, *S]
+    prompts: Sequence[str],  # B
+    rewards: Sequence[Reward],  # R
+    batch_size: int,
+) -> tuple[Tensor, dict[str, float]]:  # [R, J, B * G, K], metrics keys
+    """Rewards of all finished branches, and of the anchors' own images beside them."""
+    row: dict[str, float] = {}
+    scores = score_latents(model, anchors, prompts, rewards, batch_size)
+    for reward, values in zip(rewards, scores, strict=True):
+        row[f"anchor/{reward.name}/mean"], _ = mean_and_std(values)
+    shape = finished.shape[:3]
+    per_prompt = shape[1] * shape[2] // len(prompts)
+    captions = [p for p in prompts for _ in range(per_prompt)] * shape[0]
+    scores = score_latents(model, finished.flatten(0, 2), captions, rewards, batch_size)
+    for reward, values in zip(rewards, scores, strict=True):
+        mean, std = mean_and_std(values)
+        row[f"rollout/{reward.name}/mean"], row[f"rollout/{reward.name}/std"] = mean, std
+    return scores.view(-1, *shape), row
 
 
 @torch.no_grad()
@@ -67,7 +103,7 @@ def evaluate_policy(
     for reward in rewards:
         values = torch.cat(
             [
-                score(reward, batch, prompts[rows])
+                score_finite(reward, batch, prompts[rows])
                 for batch, rows in zip(images, row_slices(len(prompts), batch_size), strict=True)
             ]
         )

@@ -12,20 +12,24 @@ that update alone. A number that is not finite is null. Update 0, the state befo
     seconds              s of wall clock in updates so far; evaluations of the policy are not in it
     evaluations          transformer evaluations of training so far: one a row of a batch, forwards
                          with gradients included, evaluations of the policy not
+    evaluations_per_second    transformer evaluations of this update over its seconds
     lr                   learning rate
     loss                 policy loss, mean over the update's forwards (a position, some prompts)
     ratio_mean           importance ratio, mean over branches; 1 on-policy
     ratio_max            importance ratio, the largest
     clip_fraction        share of branches with |ratio - 1| > clip_range, from 0 to 1
     approx_kl            nats; mean of ratio - 1 - log(ratio), estimates KL(old, current policy)
+    kl                   KL(current, starting policy) an element, where objective.kl is not 0
     grad_norm            norm of the whole gradient before clipping, mean over the update's steps
     advantage_std        of the advantages, summed over granularities and rewards, before clipping
     reward_groups        groups that count, of rewards with weight > 0: one for every such reward,
                          granularity, prompt and SDE position
     zero_spread_groups   those among them with all rewards equal: advantage 0
     failed_groups        those among them with a NaN or infinite reward: advantage 0
-    skipped_updates      updates so far whose every gradient was 0 or not finite: no weight moved
-    seconds/<phase>      s of wall clock: anchor, completions, rewards, update, evaluation
+    skipped_updates      updates so far whose every gradient was 0 or not finite: no weight moved;
+                         one whose rollout was not finite has no scores either
+    seconds/<phase>      s of wall clock: prompts (their embedding), anchor, completions, rewards,
+                         update, evaluation
     peak_memory_bytes    bytes, of this process so far: allocated on the GPU, or else resident
 
     anchor/<reward>/mean           images of the deterministic anchors, one a prompt

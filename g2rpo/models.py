@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,11 +26,13 @@ class DigitsModel:
         prompts: Sequence[str] = digits.PROMPTS,
         guidance: float = 3.5,
         on_step: Callable[[int, int, float], None] | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.prompts = list(prompts)
         self._conditions = Conditions(*digits.embed_prompts(self.prompts)).to(device)
         self._index = {prompt: i for i, prompt in enumerate(self.prompts)}
-        transformer = digits.pretrained_transformer(on_step=on_step).to(device).eval()
+        transformer = digits.pretrained_transformer(on_step=on_step)
+        transformer = transformer.to(device, dtype).eval()
         self.policy = FluxPolicy(transformer, digits.token_ids(device)[1], guidance)
 
     def embed(self, prompts: Sequence[str]) -> Conditions:
@@ -54,18 +57,48 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def be_deterministic(device: torch.device) -> None:
+    """Have the GPU compute the same bits every time; what cannot is warned of by torch. CPUs do
+    anyway. To be called before the first work on the GPU."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a write for every torch.empty
+        torch.backends.cudnn.benchmark = False
+
+
 def load_model(
-    config: Config, on_step: Callable[[int, int, float], None] | None = None
+    config: Config,
+    on_step: Callable[[int, int, float], None] | None = None,
+    on_message: Callable[[str], None] = print,
 ) -> Model:
     """The model of a run. on_step(step, steps, loss): progress where it must first be trained."""
+    if config.model.path == "digits":
+        return _load_digits(config, on_step)
+    from .flux.model import load_flux
+
+    return load_flux(config, on_message)
+
+
+def _load_digits(config: Config, on_step: Callable[[int, int, float], None] | None) -> DigitsModel:
+    for key, value, default in (
+        ("model.transformer", config.model.transformer, None),
+        ("data.embeddings", config.data.embeddings, None),
+        ("data.max_sequence_length", config.data.max_sequence_length, 512),
+        ("rollout.height", config.rollout.height, None),
+        ("rollout.width", config.rollout.width, None),
+    ):
+        if value != default:
+            raise ConfigurationError(
+                f"{key} is {value!r}; expected {default!r}, for the digits model has no use for it"
+            )
     prompts = digits.PROMPTS
     if config.data.prompts is not None:
-        prompts = read_prompts(config.data.prompts)
-    if config.model.path != "digits":
-        raise ConfigurationError(f"model.path is {config.model.path!r}; expected 'digits'")
+        prompts = read_prompts(config.data.prompts, config.data.column)
     if unknown := [prompt for prompt in prompts if prompt not in digits.PROMPTS]:
         raise ConfigurationError(
             f"data.prompts holds {unknown[0]!r}; the digits model expects {list(digits.PROMPTS)}"
         )
     device = choose_device(config.model.device)
-    return DigitsModel(device, prompts, config.rollout.guidance, on_step)
+    dtype = getattr(torch, config.model.dtype or "float32")
+    return DigitsModel(device, prompts, config.rollout.guidance, on_step, dtype)

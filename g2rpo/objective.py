@@ -55,15 +55,16 @@ def integrate_advantages(
     )
 
 
-def summarise_losses(losses: Sequence[gk.PolicyLoss]) -> dict[str, float]:
+def summarise_losses(losses: Sequence[gk.PolicyLoss], with_kl: bool = False) -> dict[str, float]:
     """The metrics row's keys over the policy losses of one update, in one transfer: means, and of
-    ratio_max the largest. A NaN in any of them is a NaN in the row."""
+    ratio_max the largest. A NaN in any of them is a NaN in the row. with_kl: there is a KL term."""
     table = torch.stack([torch.cat([out.loss.view(1), out.statistics]) for out in losses]).double()
-    loss, ratio_mean, _, clip_fraction, approx_kl, _ = table.mean(0).tolist()
+    loss, ratio_mean, _, clip_fraction, approx_kl, kl = table.mean(0).tolist()
     return {
         "loss": loss,
         "ratio_mean": ratio_mean,
         "ratio_max": float(table[:, 2].max()),
         "clip_fraction": clip_fraction,
         "approx_kl": approx_kl,
+        **({"kl": kl} if with_kl else {}),
     }

@@ -68,15 +68,13 @@ class FluxPolicy:
         if not isinstance(transformer.pos_embed, RotaryTable):
             transformer.pos_embed = RotaryTable(transformer.pos_embed)
         self.image_ids = image_ids
+        # Of the forward: that of the weights as they are now. Adapters added later have their own.
+        self.dtype = next(transformer.parameters()).dtype
         self.guidance = guidance if transformer.config.guidance_embeds else None
 
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.transformer.parameters()).dtype
 
     def velocity(
         self,
@@ -114,7 +112,8 @@ class FluxPolicy:
 class Model(Protocol):
     """What a folder of weights gives the trainer: a policy, and the way to it and from it.
 
-    To train another flow model, give the trainer an object with these five.
+    To train another flow model, give the trainer an object with these five. One that also has
+    `state_dict()` and `load_state_dict(state)` finds its own state in every checkpoint.
     """
 
     policy: FluxPolicy

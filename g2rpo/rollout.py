@@ -77,3 +77,12 @@ def branch_out(
         old_log_prob=log_prob.unflatten(0, count),
         anchors=anchors,
     )
+
+
+def broken_prompts(chunks: Sequence[tuple[slice, Branches]], finished: Tensor) -> list[int]:
+    """Rows (prompts) any of whose branches or images-to-be is not finite."""
+    log_probs = torch.cat([branches.old_log_prob for _, branches in chunks], dim=1)  # [K, B, G]
+    prompts = log_probs.shape[1]
+    sound = log_probs.isfinite().all(2).all(0)
+    sound &= finished.isfinite().flatten(2).all(2).all(0).view(prompts, -1).all(1)
+    return (~sound).nonzero().flatten().tolist()

@@ -24,19 +24,24 @@ from types import FrameType
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import Config
-from .errors import ConfigurationError
+from .errors import ConfigurationError, TrainingError
 from .grids import sample_path, write_grid
 from .metrics import MetricsLog, closing_line, write_beside
-from .models import load_model
+from .models import be_deterministic, choose_device, load_model
 from .report import write_report
 from .rewards import Reward, import_reward, reward_name
+from .trackers import make_tracker
 from .tracking import Display
 from .trainer import Interrupted, Trainer
 
-CONTENTS = ("config.yaml", "metrics.jsonl", "curves.png", "report.html", "samples", "checkpoints")
+CONTENTS = (
+    "config.yaml", "metrics.jsonl", "curves.png", "report.html", "samples", "checkpoints",
+    "tensorboard", "wandb", "tracker.json",
+)  # fmt: skip
 GRID_IMAGES = 80  # of an evaluation's images, the most that a grid shows
 
 
@@ -90,22 +95,38 @@ def start(config: Config, run_dir: Path, *, overwrite: bool = False) -> int:
             f"directory, or --overwrite, or `g2rpo train --resume {run_dir}`"
         )
     run = _Run(config, run_dir)  # all that can be wrong is found before anything is written
-    if overwrite:
-        for name in CONTENTS:
-            path = run_dir / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigurationError(
             f"train.output is {str(run_dir)!r}; expected a directory that can be made: {error}"
         ) from error
-    return run.train()
+    with _alone(run_dir):
+        if overwrite:
+            for name in CONTENTS:
+                path = run_dir / name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return run.train()
 
 
 def resume(config: Config, run_dir: Path) -> int:
     """Go on with the run in `run_dir`; config is its own, with what may change changed."""
-    return _Run(config, run_dir).train()
+    with _alone(run_dir):
+        return _Run(config, run_dir).train()
+
+
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Two processes in one run directory would overwrite each other's files. A lock of the system's,
+    which a killed process does not leave behind."""
+    try:
+        held = FileLock(run_dir / ".lock").acquire(blocking=False)
+    except Timeout as error:
+        raise ConfigurationError(
+            f"another process is training in {run_dir}; expected it to end first"
+        ) from error
+    with held:
+        yield
 
 
 def write_config(config: Config, run_dir: Path) -> None:
@@ -128,24 +149,35 @@ class _Run:
         rewards = make_rewards(config)  # first: a mistyped name should not cost loading the model
         self.run_dir, self.log = run_dir, MetricsLog(run_dir / "metrics.jsonl")
         self.stop = StopRequest()
+        if config.train.deterministic:
+            be_deterministic(choose_device(config.model.device))
         model = load_model(config, on_step=_announce_pretraining)
         self.trainer = Trainer(config, model, rewards, should_stop=lambda: bool(self.stop))
         self.display = Display(config.train.updates, self.trainer.evaluations_per_update)
         self.trainer.on_phase = self.display.phase
         self.trainer.on_evaluations = self.display.advance
+        self.trainer.on_message = self.display.message
         self.saved = 0  # update of the newest checkpoint that can be trusted
         self.finished = True  # its update's row stands in the log, evaluated if that was due
 
     def train(self) -> int:
         with self.display, self.stop.listening(self.display):
             self._restore()
-            write_config(self.trainer.config, self.run_dir)  # not before: a resume may be refused
+            config = self.trainer.config
+            write_config(config, self.run_dir)  # not before: a resume may be refused
+            first = self.trainer.updates + self.finished * (self.trainer.updates > 0)
+            self.tracker = make_tracker(
+                config.train.tracker, self.run_dir, config, first, on_message=self.display.message
+            )
             try:
                 self._loop()
             except Interrupted:
                 pass  # the update in progress is left out
             finally:
-                self._save()  # whatever ended the loop: what is complete is kept
+                try:
+                    self._save()  # whatever ended the loop: what is complete is kept
+                finally:
+                    self.tracker.finish()
         self._conclude()
         return self.stop.exit_code
 
@@ -154,7 +186,10 @@ class _Run:
 
         Raises ConfigurationError when that is more updates than train.updates asks for.
         """
-        checkpoint = load_checkpoint(self.run_dir / "checkpoints")
+        trainer = self.trainer
+        checkpoint = load_checkpoint(
+            self.run_dir / "checkpoints", trainer.weights, with_average=trainer.average is not None
+        )
         if checkpoint is None:
             if self.log.path.exists():
                 self.display.message(
@@ -164,12 +199,12 @@ class _Run:
             return
         for skipped in checkpoint.skipped:
             self.display.message(f"Checkpoint passed over, the one before it is used: {skipped}")
-        if checkpoint.update > (updates := self.trainer.config.train.updates):
+        if checkpoint.update > (updates := trainer.config.train.updates):
             raise ConfigurationError(
                 f"train.updates is {updates}; expected at least {checkpoint.update}, the updates "
                 f"that {self.run_dir} has made"
             )
-        self.trainer.load_state_dict(checkpoint.state, checkpoint.weights)
+        trainer.load_state_dict(checkpoint.state, checkpoint.weights, checkpoint.average)
         self.saved = checkpoint.update
         # The newest row is written again, from the checkpoint, where it has yet to be evaluated:
         # that failed or was interrupted, or is due only now that this is the last update.
@@ -189,6 +224,13 @@ class _Run:
             self._finish(trainer.update())
             if trainer.updates % train.save_every == 0:
                 self._save()
+            skipped = trainer.skipped_in_a_row
+            if skipped and skipped % train.max_skipped == 0:
+                raise TrainingError(
+                    f"the last {skipped} updates were skipped, since none had a finite loss and "
+                    "gradient (train.max_skipped); look at the prompts named above, a lower "
+                    "optimizer.lr, model.dtype float32. A checkpoint has the weights as they are"
+                )
 
     def _finish(self, row: dict[str, Any]) -> None:
         self._record(row | self._evaluate() if self._evaluation_is_due() else row)
@@ -196,6 +238,7 @@ class _Run:
     def _record(self, row: dict[str, Any]) -> None:
         self.log.append(row)
         self.display.row(row)
+        self.tracker.log(row)
 
     def _evaluation_is_due(self) -> bool:
         number, train = self.trainer.updates, self.trainer.config.train
@@ -212,17 +255,22 @@ class _Run:
                 "NaN or infinite pixels; no grid of samples is drawn"
             )
         else:
-            write_grid(images[shown], prompts[shown], sample_path(samples, self.trainer.updates))
+            grid = sample_path(samples, self.trainer.updates)
+            write_grid(images[shown], prompts[shown], grid)
+            self.tracker.image(grid, self.trainer.updates)
         return row
 
     def _save(self) -> None:
         """A checkpoint of the last complete update, unless there is one or weights are past it."""
         if self.trainer.updates == self.saved or self.trainer.midway:
             return
+        self.display.phase("checkpoint")
+        average = self.trainer.average
         save_checkpoint(
             self.run_dir / "checkpoints",
             self.trainer.updates,
-            self.trainer.policy.transformer,
+            self.trainer.weights,
+            None if average is None else average.values,
             self.trainer.state_dict(),
             self.trainer.config.train.keep_last,
         )

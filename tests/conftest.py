@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from cases import Target, targets
@@ -21,6 +22,14 @@ def target(request: pytest.FixtureRequest) -> Iterator[Target]:
     request.node.user_properties.append(("target", str(request.param)))
     with gk.use_backend(request.param.backend):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete FLUX pipeline folder, to read only: whoever damages it damages a copy."""
+    from g2rpo.flux.miniature import write_miniature
+
+    return write_miniature(tmp_path_factory.mktemp("flux") / "miniature")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

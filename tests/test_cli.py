@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import g2rpo
+from g2rpo import arguments as args
 from g2rpo import cli
 from g2rpo.config import Config
 
@@ -27,7 +28,7 @@ def call(*arguments: object) -> tuple[int, str, str]:
 
 
 def config_of(*arguments: object) -> Config:
-    return cli.parse_config(cli.make_parser(), [str(a) for a in arguments])
+    return args.parse_config(args.make_parser(), [str(a) for a in arguments])
 
 
 def keys(config: object = Config(), prefix: str = "") -> list[str]:
@@ -47,7 +48,7 @@ def test_help_documents_every_key():
         entry = text[start : text.find(" --", start + 2)]
         help_text = entry.partition("(type:")[0]
         assert len(help_text.split()) > 4, f"{key} has no help: {entry!r}"
-    assert "Presets: digits" in text and "--resume RUN_DIR" in text
+    assert "Presets: digits, flux" in text and "--resume RUN_DIR" in text
 
 
 def test_usage_and_version():
@@ -68,17 +69,21 @@ def test_defaults_are_the_authors():
     assert config.objective.stepping == "accumulate" and optimizer.max_grad_norm == 1.0
 
 
-@pytest.mark.parametrize("preset", cli.preset_names())
+@pytest.mark.parametrize("preset", args.preset_names())
 def test_presets_are_valid(preset):
-    config = config_of("--config", cli.find_preset(preset))
-    config.validate()
-    assert [r for r in config.rewards if r.heldout], "a preset shows a judge it never trains on"
+    config = config_of("--config", args.find_preset(preset))
+    config.validate(training=bool(config.rewards))
+    if config.rewards:
+        assert [r for r in config.rewards if r.heldout], "a preset shows a judge it never trains on"
+    else:
+        code, _, err = call("train", preset)
+        assert code == 2 and "rewards is []; expected at least one" in err
 
 
 def test_overrides_win_over_files(tmp_path):
     (tmp_path / "a.yaml").write_text("rollout: {eta: 0.5, group_size: 6}\n")
     config = config_of(
-        "--config", cli.find_preset("digits"), "--config", tmp_path / "a.yaml",
+        "--config", args.find_preset("digits"), "--config", tmp_path / "a.yaml",
         "--rollout.group_size", 8, "--rollout.granularities", "[1,3]",
         "--objective.advantage_clip", "null",
     )  # fmt: skip
@@ -90,14 +95,14 @@ def test_overrides_win_over_files(tmp_path):
 def test_resolved_config_reads_back(tmp_path):
     from g2rpo.run import write_config
 
-    config = config_of("--config", cli.find_preset("digits"), "--train.seed", 5)
+    config = config_of("--config", args.find_preset("digits"), "--train.seed", 5)
     write_config(config, tmp_path)
     assert config_of("--config", tmp_path / "config.yaml") == config
 
 
 MISTAKES = {
     "no preset": ([], ["no preset given", "digits"]),
-    "unknown preset": (["digts"], ["'digts' is neither a preset, one of ['digits'], nor a YAML"]),
+    "unknown preset": (["digts"], ["'digts' is neither a preset, one of ['digits', 'flux', 'flux-lora']"]),
     "unknown key": (["digits", "--train.updats", 3], ["--train.updats"]),
     "no abbreviation": (["digits", "--train.update", 3], ["--train.update"]),
     "wrong type": (["digits", "--train.updates", "abc"], ["train.updates", "int", "abc"]),
@@ -136,7 +141,20 @@ MISTAKES = {
     "updates": (["digits", "--train.updates", 0], ["train.updates is 0", "at least 1"]),
     "seed": (["digits", "--train.seed", -1], ["train.seed is -1"]),
     "seed of 64 bits": (["digits", "--train.seed", 2**63], ["seed is 9223372036854775808", "2^63"]),
-    "preset at the end": (["--overwrite", "digits"], ["no preset given", "before the options"]),
+    "preset at the end": (["--train.seed", 1, "digits"], ["no preset given", "before the options"]),
+    "lora rank": (["digits", "--model.lora.rank", -1], ["model.lora.rank is -1", "at least 0"]),
+    "lora alpha": (["digits", "--model.lora.alpha", 0], ["model.lora.alpha is 0", "> 0"]),
+    "kl": (["digits", "--objective.kl", -1], ["objective.kl is -1", ">= 0"]),
+    "ema": (["digits", "--train.ema", 1], ["train.ema is 1", "in [0, 1)"]),
+    "sequence length": (["digits", "--data.max_sequence_length", 513], ["is 513", "1 to 512"]),
+    "max skipped": (["digits", "--train.max_skipped", 0], ["train.max_skipped is 0"]),
+    "tracker": (["digits", "--train.tracker", "x"], ["train.tracker", "tensorboard"]),
+    "height of digits": (["digits", "--rollout.height", 64], ["rollout.height is 64", "digits"]),
+    "weights for digits": (["digits", "--model.transformer", "a"], ["transformer is 'a'", "None"]),
+    "lora targets": (
+        ["digits", "--model.lora.rank", 4, "--model.lora.targets", "[nothing]"],
+        ["model.lora.targets is ['nothing']", "linear"],
+    ),
     "too many prompts": (["digits", "--train.prompts_per_update", 11], ["is 11", "1 to 10"]),
     "no rewards": (["digits", "--rewards", "[]"], ["rewards is []", "at least one"]),
     "only judges": (
@@ -216,7 +234,7 @@ def test_prompts_file_of_other_prompts(tmp_path):
 
 def test_every_digits_default_can_be_read():
     """A preset sets nothing the classes do not know, and YAML and dataclass agree on names."""
-    values = yaml.safe_load(cli.find_preset("digits").read_text())
+    values = yaml.safe_load(args.find_preset("digits").read_text())
     for group, settings in values.items():
         if group != "rewards":
             assert set(settings) <= {f.name for f in fields(getattr(Config(), group))}

@@ -140,9 +140,10 @@ def test_the_whole_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         assert f"\n{title}\n" in out
     for name, status in gk.backends().items():
         assert re.search(rf"^  {name} +{'available' if status.available else 'absent'}", out, re.M)
-    assert "missing; pip install peft" in out and "9, BROKEN: E: why" in out
+    assert "missing; pip install 'g2rpo[train]'  (training: LoRA)" in out
+    assert "9, BROKEN: E: why" in out
     assert "Warning: torchvision 0.1" in out and "E: ops" in out
-    assert "no: rich missing or broken" in " ".join(out.split())
+    assert "no: peft, rich missing or broken" in " ".join(out.split())
 
 
 def test_exit_code_when_the_ops_do_not_run(
@@ -159,7 +160,7 @@ def test_help_arguments_and_unknown_commands(capsys: pytest.CaptureFixture) -> N
     assert cli.main(["doctor", "now"]) == 2 and "got now" in capsys.readouterr().err
     assert cli.main(["heal"]) == 2
     assert capsys.readouterr().err == (
-        "g2rpo: error: unknown command 'heal'; expected train or doctor\n"
+        "g2rpo: error: unknown command 'heal'; expected one of train, embed, sample, doctor\n"
     )
     assert cli.main(["--help"]) == 0 and "doctor" in capsys.readouterr().out
 

@@ -15,6 +15,7 @@ from g2rpo.objective import integrate_advantages
 from g2rpo.rewards import Reward, import_reward, reward_name, score
 from g2rpo.seeds import anchor_seeds, branch_seeds, evaluation_seeds, hash_seed, splitmix64
 from g2rpo.trainer import Trainer
+from g2rpo.weights import FullWeights
 
 MASK = 2**64 - 1
 
@@ -162,45 +163,46 @@ def test_advantage_counts():
 
 @pytest.mark.parametrize("keep_last, left", [(2, [3, 4]), (0, [1, 2, 3, 4])])
 def test_checkpoints_kept(tmp_path, keep_last, left):
-    transformer = TinyModel().policy.transformer
+    weights = FullWeights(TinyModel().policy.transformer)
     for update in (1, 2, 3, 4):
-        save_checkpoint(tmp_path, update, transformer, {"updates": update}, keep_last)
+        save_checkpoint(tmp_path, update, weights, None, {"updates": update}, keep_last)
     assert [p.name for p in list_checkpoints(tmp_path)] == [f"step-{u:06d}" for u in left]
-    checkpoint = load_checkpoint(tmp_path)
+    checkpoint = load_checkpoint(tmp_path, weights)
     assert checkpoint.update == checkpoint.state["updates"] == 4 and checkpoint.skipped == ()
-    for name, tensor in transformer.state_dict().items():
+    for name, tensor in weights.transformer.state_dict().items():
         assert torch.equal(checkpoint.weights[name], tensor)
 
 
 def test_checkpoint_folder_that_is_not_there(tmp_path):
-    assert load_checkpoint(tmp_path / "nowhere") is None
+    assert load_checkpoint(tmp_path / "nowhere", FullWeights(TinyModel().policy.transformer)) is None
 
 
 def test_damaged_checkpoint_displaces_no_whole_one(tmp_path):
     """What a resume has passed over is not among the newest that are kept."""
-    transformer = TinyModel().policy.transformer
+    weights = FullWeights(TinyModel().policy.transformer)
     for update in (4, 6):
-        save_checkpoint(tmp_path, update, transformer, {}, keep_last=0)
+        save_checkpoint(tmp_path, update, weights, None, {}, keep_last=0)
     (tmp_path / "step-000006" / MANIFEST).write_text("{")
-    save_checkpoint(tmp_path, 5, transformer, {}, keep_last=1)
-    checkpoint = load_checkpoint(tmp_path)
+    save_checkpoint(tmp_path, 5, weights, None, {}, keep_last=1)
+    checkpoint = load_checkpoint(tmp_path, weights)
     assert checkpoint.update == 5 and "step-000006" in checkpoint.skipped[0]
     assert not (tmp_path / "step-000004").exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", '{"bytes": []}', '{"bytes": {}}'])
 def test_damaged_manifest(tmp_path, text):
-    transformer = TinyModel().policy.transformer
+    weights = FullWeights(TinyModel().policy.transformer)
     for update in (1, 2):
-        save_checkpoint(tmp_path, update, transformer, {}, keep_last=2)
+        save_checkpoint(tmp_path, update, weights, None, {}, keep_last=2)
     (tmp_path / "step-000002" / MANIFEST).write_text(text)
-    assert load_checkpoint(tmp_path).update == 1
+    assert load_checkpoint(tmp_path, weights).update == 1
 
 
 def test_half_written_checkpoints_are_cleared_away(tmp_path):
     """Whatever update they are of: at FLUX's size each is tens of gigabytes."""
     (tmp_path / ".step-000003.partial" / "transformer").mkdir(parents=True)
-    save_checkpoint(tmp_path, 4, TinyModel().policy.transformer, {}, keep_last=2)
+    weights = FullWeights(TinyModel().policy.transformer)
+    save_checkpoint(tmp_path, 4, weights, None, {}, keep_last=2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-000004"]
 
 

@@ -61,7 +61,7 @@ def rows(run_dir: Path) -> list[dict]:
 
 
 def timeless(row: dict) -> dict:
-    return {k: v for k, v in row.items() if "seconds" not in k and k != "peak_memory_bytes"}
+    return {k: v for k, v in row.items() if "second" not in k and k != "peak_memory_bytes"}
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -84,6 +84,7 @@ def undisturbed(tmp_path_factory) -> Path:
 def test_a_run_leaves_what_it_promises(undisturbed):
     assert {path.name for path in undisturbed.iterdir()} == {
         "config.yaml", "metrics.jsonl", "curves.png", "report.html", "samples", "checkpoints",
+        ".lock",
     }  # fmt: skip
     checkpoints = sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
     assert checkpoints == ["step-000004", "step-000006"]  # keep_last: 2

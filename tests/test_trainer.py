@@ -72,8 +72,8 @@ def test_per_position_leaves_the_policy(losses):
     config.objective.stepping = "per_position"
     trainer = make_trainer(config)
     steps = []
-    original = trainer.optimizer.step
-    trainer.optimizer.step = lambda: (steps.append(len(losses)), original())
+    original = trainer.improver.optimizer.step
+    trainer.improver.optimizer.step = lambda: (steps.append(len(losses)), original())
     row = trainer.update()
     assert steps == [1, 2, 3]
     ratios = [(out.log_prob - old).exp() for old, _, out in losses]
@@ -89,7 +89,7 @@ def gradients(config) -> dict[str, torch.Tensor]:
         named = trainer.policy.transformer.named_parameters()
         found.update({name: p.grad.clone() for name, p in named})
 
-    trainer.optimizer.step = keep
+    trainer.improver.optimizer.step = keep
     trainer.update()
     return found
 
@@ -114,11 +114,11 @@ def test_gradient_is_that_of_the_plain_objective():
     found = gradients(config)
     trainer = make_trainer(config)
     kept = []
-    original = trainer._improve
-    trainer._improve = lambda *arguments: (kept.append(arguments), original(*arguments))[1]
-    trainer.optimizer.step = lambda: None
+    original = trainer.improver.improve
+    trainer.improver.improve = lambda *given: (kept.append(given), original(*given))[1]
+    trainer.improver.optimizer.step = lambda: None
     trainer.update()
-    (chunk,), conditions, advantages = kept[0]
+    ((_, chunk),), conditions, advantages = kept[0]
     loss = 0.0
     for index, k in enumerate(trainer.positions):
         sigma = trainer.sigmas[k].expand(2)
@@ -206,13 +206,13 @@ def test_a_few_failed_scores():
 def test_gradient_that_is_not_finite_is_skipped(monkeypatch):
     trainer = make_trainer()
     trainer.update()
-    before, moments = weights(trainer), copy.deepcopy(trainer.optimizer.state_dict())
-    parameter = trainer.parameters[0]
+    before, moments = weights(trainer), copy.deepcopy(trainer.improver.optimizer.state_dict())
+    parameter = trainer.improver.parameters[0]
     handle = parameter.register_hook(lambda grad: grad * torch.nan)
     row = trainer.update()
     assert math.isnan(row["grad_norm"]) and row["skipped_updates"] == 1
     assert same(before, weights(trainer))
-    after = trainer.optimizer.state_dict()["state"]
+    after = trainer.improver.optimizer.state_dict()["state"]
     assert all(torch.equal(after[i]["exp_avg"], s["exp_avg"]) for i, s in moments["state"].items())
     handle.remove()
     assert trainer.update()["skipped_updates"] == 1
@@ -302,8 +302,8 @@ def test_state_goes_on_bit_for_bit():
     resumed = [second.update() for _ in range(2)]
     assert same(weights(straight), weights(second))
     for a, b in zip(rows[2:], resumed, strict=True):
-        assert {k: v for k, v in a.items() if "seconds" not in k and "memory" not in k} == {
-            k: v for k, v in b.items() if "seconds" not in k and "memory" not in k
+        assert {k: v for k, v in a.items() if "second" not in k and "memory" not in k} == {
+            k: v for k, v in b.items() if "second" not in k and "memory" not in k
         }
 
 
@@ -311,7 +311,7 @@ def test_all_phases_are_timed():
     phases = []
     trainer = make_trainer(on_phase=phases.append)
     row = trainer.update()
-    assert phases == ["anchor", "completions", "rewards", "update"]
+    assert phases == ["prompts", "anchor", "completions", "rewards", "update"]
     assert {f"seconds/{phase}" for phase in phases} <= set(row)
     assert sum(row[f"seconds/{phase}"] for phase in phases) <= row["seconds"]
     assert row["peak_memory_bytes"] > 2**26
