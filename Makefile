@@ -26,11 +26,12 @@ for part in json.load(open("g2rpo_kernels/_build.json"))["left_out"]]
 # Python writes the bytecode of what it imports, if the user's shell does not forbid it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test bench gpu-check dist constraints clean
+.PHONY: help demo test test-slow bench gpu-check dist constraints clean
 
 help:
 	@echo "make demo         train the digits model with G2RPO (ARGS='--key value' are passed on)"
 	@echo "make test         run the tests (ARGS='-k name' are passed to pytest, WORKERS=$(WORKERS))"
+	@echo "make test-slow    run the tests that take minutes: twenty kills, the FLUX example"
 	@echo "make bench        measure the ops on this machine (ARGS are passed to benchmarks/run.py)"
 	@echo "make gpu-check    check the ops on a GPU with PYTHON=$(PYTHON) and the torch it has"
 	@echo "make dist         build the sdist and the wheel into dist/"
@@ -48,6 +49,10 @@ demo: $(STAMP)
 # two threads each would wait for one another on two cores.
 test: $(TEST_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=10 $(ARGS)
+
+# One after the other, so that what is timed or killed is alone.
+test-slow: $(TEST_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s $(ARGS)
 
 # Ends with a table; the numbers stay in benchmarks/results/.
 bench: $(TEST_STAMP)

@@ -25,7 +25,7 @@ def read_prompts(path: str | Path, column: str = "prompt") -> list[str]:
     Raises ConfigurationError when there is no such file, no prompt in it, or when a line is other
     than described.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ConfigurationError(
             f"data.prompts is {str(path)!r}; expected a file of prompts: text, .jsonl or .csv"

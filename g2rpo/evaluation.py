@@ -89,8 +89,8 @@ def evaluate_policy(
 ) -> tuple[dict[str, float], Tensor]:
     """Deterministic samples of these prompts from fixed noises, scored by every reward and judge.
 
-    Returns metrics keys (reward/<name>/mean and /std, heldout/... for held-out ones, and
-    images/diversity/mean) and the images [M, 3 or 1, H, W]. The noises are the same in every run
+    Returns metrics keys (reward/<name>/mean and /std, heldout/... for held-out ones, and, where a
+    prompt has two images, images/diversity/mean) and the images [M, 3 or 1, H, W]. The noises are the same in every run
     and for every policy.
     """
     policy = model.policy
@@ -111,7 +111,9 @@ def evaluate_policy(
         mean, std = mean_and_std(values)
         row[f"{kind}/{reward.name}/mean"], row[f"{kind}/{reward.name}/std"] = mean, std
     images = torch.cat(images)
-    return {**row, "images/diversity/mean": diversity(images, prompts)}, images
+    if len(set(prompts)) < len(prompts):
+        row["images/diversity/mean"] = diversity(images, prompts)
+    return row, images
 
 
 def diversity(images: Tensor, prompts: Sequence[str]) -> float:

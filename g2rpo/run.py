@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import yaml
 from filelock import FileLock, Timeout
 
@@ -151,14 +152,29 @@ class _Run:
         self.stop = StopRequest()
         if config.train.deterministic:
             be_deterministic(choose_device(config.model.device))
-        model = load_model(config, on_step=_announce_pretraining)
+        self.display: Display | None = None
+        model = load_model(config, on_step=_announce_pretraining, on_message=self._say)
         self.trainer = Trainer(config, model, rewards, should_stop=lambda: bool(self.stop))
         self.display = Display(config.train.updates, self.trainer.evaluations_per_update)
         self.trainer.on_phase = self.display.phase
         self.trainer.on_evaluations = self.display.advance
-        self.trainer.on_message = self.display.message
+        self.trainer.on_message = self._say
+        if self.trainer.policy.dtype == torch.bfloat16 and config.model.lora.rank == 0:
+            self._say(
+                "model.dtype is bfloat16 and all weights are trained: of a step, what is smaller "
+                "than 1/512 of a weight is rounded away, which at optimizer.lr "
+                f"{config.optimizer.lr:g} is most of it. Expect little to move; model.dtype float32 "
+                "or model.lora.rank > 0 trains as it should"
+            )
         self.saved = 0  # update of the newest checkpoint that can be trusted
         self.finished = True  # its update's row stands in the log, evaluated if that was due
+
+    def _say(self, text: str) -> None:
+        """To whoever watches: above the progress, once there is one."""
+        if self.display is None:
+            print(text, flush=True)
+        else:
+            self.display.message(text)
 
     def train(self) -> int:
         with self.display, self.stop.listening(self.display):

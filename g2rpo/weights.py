@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .config import LoraConfig
 from .errors import ConfigurationError
+from .flux.quiet import quiet
 
 
 class TrainedWeights(Protocol):
@@ -105,9 +106,10 @@ class LoraWeights:
             parameter.data = parameter.data.float()
 
     def save(self, folder: Path, values: Mapping[str, Tensor] | None = None) -> None:
-        from diffusers import FluxPipeline
         from peft import get_peft_model_state_dict
 
+        with quiet():
+            from diffusers import FluxPipeline
         if values is None:
             values = {name: parameter.detach() for name, parameter in self.parameters.items()}
         tensors = get_peft_model_state_dict(self.transformer, state_dict=dict(values))

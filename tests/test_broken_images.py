@@ -15,7 +15,7 @@ class Broken(TinyModel):
 
 
 def test_images_that_are_not_finite(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "load_model", lambda config, on_step=None: Broken())
+    monkeypatch.setattr(run, "load_model", lambda config, **_: Broken())
     config = tiny_config()
     config.train.updates = 1
     assert run.start(config, tmp_path / "run") == 0

@@ -28,5 +28,5 @@ def fragile_contrast(images, prompts):
 
 
 if __name__ == "__main__":
-    g2rpo.run.load_model = lambda config, on_step=None: TinyModel()
+    g2rpo.run.load_model = lambda config, **_: TinyModel()
     sys.exit(cli.main(sys.argv[1:]))

@@ -61,21 +61,27 @@ def write_miniature(
 
     The transformer comes in three or more shards with an index, as on the hub.
     """
+    from .quiet import quiet
+
     folder = Path(folder)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        pipeline = make_pipeline()
-    pipeline.to(dtype)
-    pipeline.save_pretrained(folder)
-    size = sum(p.numel() * p.element_size() for p in pipeline.transformer.parameters())
-    for file in (folder / "transformer").glob("*.safetensors*"):
-        file.unlink()
-    pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size=size // 3)
+    with quiet():
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(seed)
+            pipeline = make_pipeline()
+        for part in (
+            pipeline.transformer, pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2,
+        ):  # fmt: skip
+            torch.nn.Module.to(part, dtype)  # diffusers' own warns, whatever the model
+        pipeline.save_pretrained(folder)
+        size = sum(parameter.nbytes for parameter in pipeline.transformer.parameters())
+        for file in (folder / "transformer").glob("*.safetensors*"):
+            file.unlink()
+        pipeline.transformer.save_pretrained(folder / "transformer", max_shard_size=size // 3)
     return folder
 
 
 def make_pipeline(**transformer: object) -> FluxPipeline:
-    """The same as an object, float32, from torch's global generator; arguments change TRANSFORMER."""
+    """The same as an object, float32, of torch's global generator; arguments change TRANSFORMER."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
