@@ -37,11 +37,11 @@ rollout:
   width: 64
   steps: 8
   sde_positions: [0, 1, 2, 3]
-  group_size: 6
+  group_size: 8
 rewards:
   - name: flux_miniature:warmth
 optimizer:
-  lr: 1.0e-3
+  lr: 2.0e-2
 train:
   updates: 3
   prompts_per_update: 2
@@ -115,7 +115,7 @@ def main(folder: Path) -> None:
 
     print("\nNow all weights instead of adapters, and no stored embeddings:")
     g2rpo("train", "run.yaml", "--train.output", "runs/full", "--model.lora.rank", "0",
-          "--model.dtype", "float32", "--data.embeddings", "null", "--optimizer.lr", "1e-4",
+          "--model.dtype", "float32", "--data.embeddings", "null", "--optimizer.lr", "1e-2",
           "--train.ema", "0.9", "--objective.kl", "0.01")  # fmt: skip
     g2rpo("sample", "runs/full", "--ema", "--prompt", "a lighthouse at night", "--height", "64",
           "--width", "64", "--steps", "8")  # fmt: skip

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .errors import TrainingError
+from .metrics import size
 from .weights import TrainedWeights
 
 AVERAGE = "ema"
@@ -69,7 +70,7 @@ def save_checkpoint(
         before = [path.name for path in list_checkpoints(folder)]
         raise TrainingError(
             f"the checkpoint {final} cannot be written: {error} (free on that disk: "
-            f"{free / 1e9:.1f} GB); {f'{before[-1]} is intact' if before else 'none is there yet'}. "
+            f"{size(free)}); {f'{before[-1]} is intact' if before else 'there is none before it'}. "
             "Make room, then go on with --resume"
         ) from error
     if final.exists():

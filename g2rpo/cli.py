@@ -14,7 +14,7 @@ from .errors import ConfigurationError, TrainingError
 TRAIN_EXTRA = (
     "accelerate", "diffusers", "filelock", "huggingface_hub", "jinja2", "jsonargparse",
     "matplotlib", "numpy", "peft", "PIL", "platformdirs", "rich", "safetensors", "sklearn",
-    "threadpoolctl", "transformers", "yaml",
+    "threadpoolctl", "tokenizers", "transformers", "yaml",
 )  # fmt: skip
 USAGE = """\
 usage: g2rpo COMMAND ...
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-# Each imports what it needs once its arguments have been looked at: torch and diffusers take seconds.
+# Each imports what it needs only then: torch and diffusers take seconds.
 
 
 def train(arguments: list[str]) -> int:

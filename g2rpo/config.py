@@ -15,7 +15,6 @@ import g2rpo_kernels as gk
 from .errors import ConfigurationError
 from .schedule import noise_schedule
 
-
 # The attentions' linears of all of FLUX's blocks, the feed-forwards' of the double ones.
 LORA_TARGETS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -57,10 +56,10 @@ class ModelConfig:
     """What is trained, and where."""
 
     path: str = "digits"
-    """What to train: 'digits', the embedded flow model of handwritten digits; or a FLUX pipeline, as
-    a folder or a Hugging Face hub id such as black-forest-labs/FLUX.1-dev."""
+    """What to train: 'digits', the embedded flow model of handwritten digits; or a FLUX pipeline,
+    as a folder or a Hugging Face hub id such as black-forest-labs/FLUX.1-dev."""
     transformer: str | None = None
-    """A .safetensors file with all of the transformer's weights to start from; null: those of path."""
+    """A .safetensors file with all weights of the transformer to start from; null: path's own."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the transformer's weights and arithmetic; null: bfloat16, and float32 for the digits."""
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -229,13 +228,13 @@ class TrainConfig:
     evaluation_samples: int = 32
     """Images of an evaluation: the prompts in turn, the same noises every time."""
     ema: float | None = None
-    """Decay of a moving average of the weights, an update, in [0, 1); evaluations then use it. null:
-    none is kept."""
+    """Decay of a moving average of the weights, an update, in [0, 1); evaluations then use it.
+    null: none is kept."""
     max_skipped: int = 5
     """Updates in a row with a loss or gradient that is not finite, after which the run ends."""
     deterministic: bool = True
-    """Only algorithms that give the same bits every time, so that a resumed run goes on as if it had
-    not ended."""
+    """Only algorithms that give the same bits every time, so that a resumed run goes on as if it
+    had not ended."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Where metrics go besides metrics.jsonl; must be installed."""
     output: str | None = None
@@ -270,8 +269,9 @@ class Config:
 
         training: False where no reward is needed.
         """
-        groups = (self.model.lora, self.data, self.rollout, self.objective, self.optimizer, self.train)
-        for group in groups:
+        for group in (self.model.lora, self.data, self.rollout, self.objective):
+            group.validate()
+        for group in (self.optimizer, self.train):
             group.validate()
         trained = [r.name for r in self.rewards if r.weight > 0 and not r.heldout]
         names = [r.name for r in self.rewards]

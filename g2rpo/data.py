@@ -36,6 +36,11 @@ def read_prompts(path: str | Path, column: str = "prompt") -> list[str]:
         raise ConfigurationError(
             f"data.prompts is {str(path)!r}; expected UTF-8 text: {error}"
         ) from error
+    if path.suffix.lower() in (".json", ".tsv", ".parquet", ".xlsx"):
+        raise ConfigurationError(
+            f"data.prompts is {str(path)!r}; expected text, .jsonl or .csv: its lines would be "
+            "taken for prompts"
+        )
     reader = {".jsonl": _json_prompts, ".csv": _csv_prompts}.get(path.suffix.lower())
     found: Iterable[str] = text.splitlines() if reader is None else reader(path, text, column)
     prompts = list(dict.fromkeys(stripped for prompt in found if (stripped := prompt.strip())))

@@ -60,6 +60,7 @@ class Found:
 
 PACKAGES = (
     Package("diffusers", "training", TRAIN, uses="FluxTransformer2DModel"),
+    Package("tokenizers", "training: the miniature FLUX", TRAIN),
     Package("transformers", "training: FLUX's text encoders", TRAIN, uses="T5EncoderModel"),
     Package("accelerate", "training", TRAIN),
     Package("safetensors", "training: checkpoints", TRAIN),

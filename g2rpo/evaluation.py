@@ -44,8 +44,8 @@ def score_latents(
 
 
 def score_finite(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:  # [N]
-    """`score`, but an image with a NaN or infinite pixel is a failed score, NaN, and is not shown to
-    the reward function: those are written for images."""
+    """`score`, but an image with a NaN or infinite pixel is a failed score, NaN, and is not shown
+    to the reward function: those are written for images."""
     sound = images.isfinite().flatten(1).all(1)
     if bool(sound.all()):
         return score(reward, images, prompts)
@@ -90,8 +90,8 @@ def evaluate_policy(
     """Deterministic samples of these prompts from fixed noises, scored by every reward and judge.
 
     Returns metrics keys (reward/<name>/mean and /std, heldout/... for held-out ones, and, where a
-    prompt has two images, images/diversity/mean) and the images [M, 3 or 1, H, W]. The noises are the same in every run
-    and for every policy.
+    prompt has two images, images/diversity/mean) and the images [M, 3 or 1, H, W]. The noises are
+    the same in every run and for every policy.
     """
     policy = model.policy
     noise = gk.normal(evaluation_seeds(len(prompts)).to(policy.device), model.latent_shape)

@@ -147,7 +147,7 @@ def _draw_lines(axes: Axes, updates: list[int], title: str, series: dict[str, li
         axes.set_yticks([0])
     elif len(series) > 1:
         axes.legend(frameon=False, fontsize=7, labelcolor=INK)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4), useOffset=False)
     axes.set_title(title, fontsize=8.5, loc="left", color=INK)
     _plain_axes(axes)
 

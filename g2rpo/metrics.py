@@ -258,6 +258,16 @@ def count(items: int, noun: str) -> str:
     return f"{items:,} {noun}" + ("" if items == 1 else "s")
 
 
+def size(bytes: int) -> str:
+    """4.2 MB, 12.9 GB, 80 GB: three digits, in powers of a thousand."""
+    value, unit = float(bytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.3g} {unit}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them: 84.2 s, 12 min 05 s, 3 h 07 min."""
     if seconds < 120:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def be_deterministic(device: torch.device) -> None:
     """Have the GPU compute the same bits every time; what cannot is warned of by torch. CPUs do
     anyway. To be called before the first work on the GPU."""
     if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a write for every torch.empty
         torch.backends.cudnn.benchmark = False
@@ -75,6 +76,11 @@ def load_model(
     """The model of a run. on_step(step, steps, loss): progress where it must first be trained."""
     if config.model.path == "digits":
         return _load_digits(config, on_step)
+    if "/" not in config.model.path and not Path(config.model.path).exists():
+        raise ConfigurationError(
+            f"model.path is {config.model.path!r}; expected 'digits', the folder of a FLUX "
+            "pipeline, or a hub id such as black-forest-labs/FLUX.1-dev"
+        )
     from .flux.model import load_flux
 
     return load_flux(config, on_message)

@@ -118,8 +118,8 @@ def resume(config: Config, run_dir: Path) -> int:
 
 @contextmanager
 def _alone(run_dir: Path) -> Iterator[None]:
-    """Two processes in one run directory would overwrite each other's files. A lock of the system's,
-    which a killed process does not leave behind."""
+    """Two processes in one run directory would overwrite each other's files. A lock of the
+    system's, which a killed process does not leave behind."""
     try:
         held = FileLock(run_dir / ".lock").acquire(blocking=False)
     except Timeout as error:
@@ -163,8 +163,8 @@ class _Run:
             self._say(
                 "model.dtype is bfloat16 and all weights are trained: of a step, what is smaller "
                 "than 1/512 of a weight is rounded away, which at optimizer.lr "
-                f"{config.optimizer.lr:g} is most of it. Expect little to move; model.dtype float32 "
-                "or model.lora.rank > 0 trains as it should"
+                f"{config.optimizer.lr:g} is most of it. Expect little to move; model.dtype "
+                "float32 or model.lora.rank > 0 trains as it should"
             )
         self.saved = 0  # update of the newest checkpoint that can be trusted
         self.finished = True  # its update's row stands in the log, evaluated if that was due

@@ -58,7 +58,7 @@ class Trainer:
 
     config: validated. model: see `policy.Model`. rewards: at least one that is trained.
     on_phase(name), on_evaluations(rows): progress. on_message(text): what a person should know.
-    should_stop(): asked between batches of the rollout; True abandons the update with `Interrupted`.
+    should_stop(): asked between batches of the rollout; True abandons it with `Interrupted`.
     """
 
     def __init__(

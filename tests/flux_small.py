@@ -21,7 +21,7 @@ def warmth(images, prompts):  # [N, 3, H, W] -> [N]
 
 
 def write_run(folder: Path, miniature: Path, **groups: dict) -> Path:
-    """prompts.txt and run.yaml in the folder; groups change the run's keys. Returns the YAML's path."""
+    """prompts.txt and run.yaml in the folder; groups change the run's keys. Returns the latter."""
     (folder / "prompts.txt").write_text("\n".join(PROMPTS))
     run = {
         "model": {"path": str(miniature), "lora": {"rank": 4, "alpha": 8}},

@@ -3,15 +3,15 @@
 import copy
 import json
 import os
-import subprocess
-import sys
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from filelock import FileLock
-from test_run import SMALL, environment, final_weights
+from test_run import final_weights
 from tiny import PROMPTS, TinyModel, brightness, tiny_config
 
 from g2rpo import checkpoint, run
@@ -210,40 +210,37 @@ def test_out_of_memory_in_a_step_is_an_error():
 # Disks and processes ----------------------------------------------------------------------------
 
 
-def test_a_full_disk(tmp_path):
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """Writing more than `size` bytes to a file fails, as writing to a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [400_000, 1_500_000])  # the weights do not fit; the state does not
+def test_a_full_disk(tmp_path, monkeypatch, size):
     """A checkpoint that does not fit: the one before is intact, and the run can go on from it."""
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(SMALL))
-    run_dir = tmp_path / "run"
-
-    def g2rpo(*arguments, bytes_a_file=None):
-        limit = "import resource, runpy, sys\n"
-        if bytes_a_file:  # writing beyond it fails as writing to a full disk does
-            limit += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_a_file},) * 2)\n"
-        code = limit + "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-        cli = str(Path(__file__).parent / "tiny_cli.py")
-        return subprocess.run(
-            [sys.executable, "-c", code, cli, "train", *map(str, arguments)],
-            env=environment(), capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
-
-    options = ("--train.output", run_dir, "--train.updates", 3)
-    done = g2rpo(tmp_path / "small.yaml", *options)
-    assert done.returncode == 0, done.stderr
-    checkpoints = run_dir / "checkpoints"
+    monkeypatch.setattr(run, "load_model", lambda config, **_: TinyModel())
+    config = tiny_config()
+    config.rewards[0].name = "tiny:brightness"
+    config.train.updates, config.train.save_every = 2, 1
+    run_dir, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    assert run.start(config, run_dir) == 0
     before = {p: p.read_bytes() for p in checkpoints.rglob("*") if p.is_file()}
-    done = g2rpo("--resume", run_dir, "--train.updates", 4, bytes_a_file=400_000)
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "step-000004 cannot be written" in done.stderr and "step-000003 is intact" in done.stderr
-    assert "Traceback" not in done.stderr and "Make room, then go on with --resume" in done.stderr
+    config.train.updates = 3
+    with small_files(size), pytest.raises(TrainingError) as caught:
+        run.resume(config, run_dir)
+    assert "step-000003 cannot be written" in str(caught.value)
+    assert "step-000002 is intact. Make room, then go on with --resume" in str(caught.value)
     assert {p: p.read_bytes() for p in checkpoints.rglob("*") if p.is_file()} == before
     assert not list(checkpoints.glob(".*")), "what was written of it takes no room"
-    done = g2rpo("--resume", run_dir, "--train.updates", 4)
-    assert done.returncode == 0, done.stderr
-    straight = g2rpo(
-        tmp_path / "small.yaml", "--train.output", tmp_path / "straight", "--train.updates", 4
-    )
-    assert straight.returncode == 0
-    assert same(final_weights(run_dir, 4), final_weights(tmp_path / "straight", 4))
+    assert run.resume(config, run_dir) == 0
+    assert run.start(config, tmp_path / "straight") == 0
+    assert same(final_weights(run_dir, 3), final_weights(tmp_path / "straight", 3))
 
 
 def test_killed_at_every_moment_of_a_checkpoint(tmp_path, monkeypatch):

@@ -102,7 +102,9 @@ def test_resolved_config_reads_back(tmp_path):
 
 MISTAKES = {
     "no preset": ([], ["no preset given", "digits"]),
-    "unknown preset": (["digts"], ["'digts' is neither a preset, one of ['digits', 'flux', 'flux-lora']"]),
+    "unknown preset": (
+        ["digts"], ["'digts' is neither a preset, one of ['digits', 'flux', 'flux-lora'], nor"],
+    ),
     "unknown key": (["digits", "--train.updats", 3], ["--train.updats"]),
     "no abbreviation": (["digits", "--train.update", 3], ["--train.update"]),
     "wrong type": (["digits", "--train.updates", "abc"], ["train.updates", "int", "abc"]),

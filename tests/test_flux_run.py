@@ -1,6 +1,7 @@
 """FLUX from prompts to pictures: embed, train, go on, sample, on the miniature folder."""
 
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_the_whole_path(tmp_path, miniature, capsys):
     assert "5 of 5 prompts will be used by 3 updates" in out
 
     straight, cut = tmp_path / "straight", tmp_path / "cut"
-    g2rpo("train", config, *stored, "--train.output", straight)
+    g2rpo("train", config, *stored, "--train.output", straight, "--train.tracker", "tensorboard")
     said = capsys.readouterr()
     assert "Loading the text encoders" not in said.out and "torchvision" not in said.out + said.err
     assert [row["update"] for row in rows(straight)] == [0, 1, 2, 3]
@@ -81,6 +82,53 @@ def test_the_whole_path(tmp_path, miniature, capsys):
     seconds = time.monotonic() - began
     assert seconds < 120
     print(f"embed, train, resume and sample took {seconds:.1f} s")
+
+
+def test_what_a_tracker_was_told(tmp_path, miniature):
+    """Of a run that was cut: every update once, and the grids of samples."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = write_run(tmp_path, miniature, train={"tracker": "tensorboard", "evaluate_every": 1})
+    run = tmp_path / "run"
+    g2rpo("train", config, "--train.output", run, "--train.updates", 2)
+    g2rpo("train", "--resume", run, "--train.updates", 3)
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    for key in ("reward/warmth/mean", "grad_norm", "evaluations_per_second", "ratio_max"):
+        expected = {row["update"]: row[key] for row in rows(run) if key in row}
+        found = {event.step: event.value for event in events.Scalars(key)}
+        assert found == pytest.approx(expected, rel=1e-6), key
+        assert len(events.Scalars(key)) == len(found), key
+    assert [event.step for event in events.Images("samples")] == [0, 1, 2, 3]
+
+
+def test_the_commands_of_the_readme(tmp_path, miniature, monkeypatch, capsys):
+    """As they stand there, on the miniature's model and sizes."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    reward = (Path(__file__).parent / "flux_small.py").read_text().replace("warmth", "reward")
+    (tmp_path / "mine.py").write_text(reward)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    section = readme.partition("## Train FLUX.1-dev")[2].partition("```bash")[2].partition("```")[0]
+    lines = section.replace("\\\n", " ").splitlines()
+    commands = [shlex.split(line)[1:] for line in lines if line.startswith("g2rpo")]
+    assert [command[0] for command in commands] == ["embed", "train", "train", "sample"]
+    small = {
+        "embed": ["--model.path", str(miniature), "--train.updates", "1"],
+        "train": [
+            "--model.path", str(miniature), "--train.updates", "1", "--rollout.height", "32",
+            "--rollout.width", "32", "--train.evaluation_samples", "2", "--rollout.steps", "6",
+            "--rollout.sde_positions", "[0,1]", "--rollout.group_size", "4",
+        ],
+        "sample": ["--steps", "2", "--height", "32", "--width", "32"],
+    }  # fmt: skip
+    for name, *arguments in commands:
+        resumed = "--resume" in arguments
+        arguments = [a if a != "600" else "2" for a in arguments]
+        g2rpo(name, *arguments, *([] if resumed else small[name]))
+    assert [row["update"] for row in rows(Path("runs/flux"))] == [0, 1, 2]
+    assert len(list(Path("runs/flux/samples-step-000002").glob("*.png"))) == 2
+    assert "pipe.load_lora_weights" in capsys.readouterr().out
 
 
 def test_all_weights_from_a_file_with_everything_on(tmp_path, miniature):
@@ -121,7 +169,7 @@ def test_training_moves_the_reward(tmp_path, miniature):
     config = write_run(
         tmp_path, miniature, model=FULL, optimizer={"lr": 1e-2},
         rollout={"steps": 8, "sde_positions": [0, 1, 2, 3], "group_size": 8},
-        train={"updates": 6, "evaluate_every": 6, "save_every": 6, "evaluation_samples": 15},
+        train={"updates": 4, "evaluate_every": 4, "save_every": 4, "evaluation_samples": 15},
     )  # fmt: skip
     g2rpo("train", config, "--train.output", tmp_path / "run")
     before, after = rows(tmp_path / "run")[0], rows(tmp_path / "run")[-1]

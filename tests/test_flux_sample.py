@@ -236,7 +236,7 @@ def test_the_command_says_its_own_lines_and_nothing_else(miniature: Path, tmp_pa
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("Reading the transformer, 0.0 GB")
+    assert lines[0].startswith("Reading the transformer, 163 kB")
     assert lines[1].startswith("1 prompt longer than --max-sequence-length 64 will be cut")
     assert lines[2].startswith("1/2  ") and lines[2].endswith("out/0000-a-fox.png")
     assert lines[3].startswith("2/2  ") and lines[3].endswith("0001-a-long-story-of-a-fox.png")

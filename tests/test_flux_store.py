@@ -14,7 +14,8 @@ from filelock import FileLock
 from g2rpo.errors import ConfigurationError, TrainingError
 from g2rpo.flux.store import INDEX, EmbeddingStore, Maker
 from g2rpo.flux.text import fingerprint
-from g2rpo.flux.writer import size, writing
+from g2rpo.flux.writer import writing
+from g2rpo.metrics import size
 from g2rpo.policy import Conditions
 
 CPU = torch.device("cpu")

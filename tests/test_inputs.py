@@ -174,7 +174,8 @@ def test_checkpoints_kept(tmp_path, keep_last, left):
 
 
 def test_checkpoint_folder_that_is_not_there(tmp_path):
-    assert load_checkpoint(tmp_path / "nowhere", FullWeights(TinyModel().policy.transformer)) is None
+    weights = FullWeights(TinyModel().policy.transformer)
+    assert load_checkpoint(tmp_path / "nowhere", weights) is None
 
 
 def test_damaged_checkpoint_displaces_no_whole_one(tmp_path):

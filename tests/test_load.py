@@ -104,7 +104,8 @@ def test_a_broken_extension_on_disk_warns_and_the_reference_serves(tmp_path: Pat
     shutil.copytree(
         ROOT / "g2rpo_kernels", tmp_path / "g2rpo_kernels", ignore=shutil.ignore_patterns("_C*")
     )
-    (tmp_path / "g2rpo_kernels" / f"_C{EXTENSION_SUFFIXES[0]}").write_bytes(b"\x7fELF, but no more of it")
+    extension = tmp_path / "g2rpo_kernels" / f"_C{EXTENSION_SUFFIXES[0]}"
+    extension.write_bytes(b"\x7fELF, but no more of it")
     code = "import torch, g2rpo_kernels as gk\n"
     code += "print(gk.ode_step(torch.ones(1, 4), torch.zeros(1, 4), 1.0, 0.5).tolist())\n"
     code += "print(gk.backends()['cpu'])"

@@ -100,7 +100,8 @@ def test_kill_9_at_random_moments(tmp_path, miniature, weights):
     assert re.search(r"Resuming after update \d+", output), output
     assert rows(killed) == rows(undisturbed)
     folder = f"checkpoints/step-{UPDATES:06d}"
-    files = sorted(p.relative_to(undisturbed) for p in (undisturbed / folder).rglob("*.safetensors"))
+    found = (undisturbed / folder).rglob("*.safetensors")
+    files = sorted(path.relative_to(undisturbed) for path in found)
     assert len(files) == 2
     for file in files:
         first, second = load_file(undisturbed / file), load_file(killed / file)

@@ -21,13 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..config import Config
 from ..data import prompts_of_run, read_prompts
 from ..errors import ConfigurationError
-from ..metrics import clock, count, duration
+from ..metrics import clock, count, duration, size
 from ..models import be_deterministic, choose_device
 from ..policy import Conditions
 from .files import resolve_folder
 from .store import Maker, Shard
 from .text import TextEncoders, embedding_widths, fingerprint
-from .writer import StoreWriter, size, writing
+from .writer import StoreWriter, writing
 
 SHARD_BYTES = 2**28  # of a whole shard, about: all that a kill can lose
 LINE_SECONDS = 10.0  # between signs of life, where there is no terminal for a bar

@@ -61,16 +61,21 @@ def load_transformer(
     if weights is None:
         files = weight_files(place)
     else:
-        files = [weights]
-        if weights.suffix != ".safetensors" or not weights.is_file():
-            inside = sorted(weights.rglob("*.safetensors"))  # none of what is no folder
-            hint = f"; perhaps {inside[0]}" if inside else ""
-            raise ConfigurationError(
-                f"model.transformer is {str(weights)!r}; expected a .safetensors file with all of "
-                f"the transformer's weights{hint}"
-            )
+        files = [check_weights_file(weights)]
     name = place if weights is None else f"model.transformer is {str(weights)!r}, which"
     return _load(FluxTransformer2DModel, place, files, str(name), dtype, device, on_bytes)
+
+
+def check_weights_file(weights: Path) -> Path:
+    """The file itself. Raises ConfigurationError when it is none, or not a .safetensors file."""
+    if weights.suffix != ".safetensors" or not weights.is_file():
+        inside = sorted(weights.rglob("*.safetensors"))  # none of what is no folder
+        hint = f"; perhaps {inside[0]}" if inside else ""
+        raise ConfigurationError(
+            f"model.transformer is {str(weights)!r}; expected a .safetensors file with all of "
+            f"the transformer's weights{hint}"
+        )
+    return weights
 
 
 def load_vae(

@@ -22,16 +22,17 @@ from torch import Tensor, nn
 from ..config import Config
 from ..data import prompts_of_run, read_prompts
 from ..errors import ConfigurationError, TrainingError
-from ..metrics import count, duration
+from ..metrics import count, duration, size
 from ..models import choose_device
 from ..policy import Conditions, FluxPolicy
 from .files import component, resolve_folder, weight_files
 from .images import ImageDecoder, latent_shape, position_ids, shrinkage
-from .loading import load_transformer, load_vae
+from .loading import check_weights_file, load_transformer, load_vae, weights_bytes
 from .store import EmbeddingStore
 from .text import CLIP, T5, TextEncoders, embedding_widths
 
 SIDE = 720  # pixels, where rollout.height or rollout.width is null
+SLOW_BYTES = 10**9  # to read: from here on it is said before it is done
 CACHE_BYTES = 2**30  # of embeddings in host memory: 250 prompts of FLUX.1-dev
 
 Embedder = Callable[[Sequence[str]], Conditions]
@@ -83,9 +84,14 @@ class CachedEncoders:
     """
 
     def __init__(
-        self, load: Callable[[], TextEncoders], device: torch.device, limit: int = CACHE_BYTES
+        self,
+        load: Callable[[], TextEncoders],
+        device: torch.device,
+        limit: int = CACHE_BYTES,
+        on_message: Callable[[str], None] = print,
     ) -> None:
         self._load, self._device, self._limit = load, device, limit
+        self._on_message: Callable[[str], None] | None = on_message  # None: it has been said
         self._encoders: TextEncoders | None = None
         self._rows: OrderedDict[str, Conditions] = OrderedDict()  # [1, T, D], [1, E] on the host
 
@@ -113,6 +119,13 @@ class CachedEncoders:
     def _encode(self, prompts: Sequence[str]) -> Conditions:
         if self._encoders is None:
             self._encoders = self._load()
+        cut = self._encoders.too_long(prompts)
+        if cut and self._on_message is not None:
+            self._on_message(
+                f"Prompts of more than {self._encoders.max_sequence_length} T5 tokens "
+                f"(data.max_sequence_length) are cut, the first: {cut[0][:60]!r}"
+            )
+            self._on_message = None
         try:
             return self._encoders.encode(prompts)
         except torch.OutOfMemoryError as error:
@@ -147,18 +160,25 @@ def load_flux(config: Config, on_message: Callable[[str], None] = print) -> Flux
         )
     prompts = read_prompts(config.data.prompts, config.data.column)
     stored = config.data.embeddings is not None
-    weights = config.model.transformer
+    weights = None
+    if config.model.transformer is not None:
+        weights = check_weights_file(Path(config.model.transformer).expanduser())
     folder = resolve_folder(
         config.model.path, transformer_weights=weights is None, text_encoder_weights=not stored
     )
-    embedder, widths = (_stored if stored else _cached)(config, folder, prompts, device)
+    if stored:
+        embedder, widths = _stored(config, folder, prompts, device)
+    else:
+        embedder, widths = _cached(config, folder, device, on_message)
     started = time.monotonic()
     try:
         vae = load_vae(folder, dtype, device)
         height, width = config.rollout.height or SIDE, config.rollout.width or SIDE
         shape = latent_shape(height, width, vae.config)
-        file = None if weights is None else Path(weights).expanduser()
-        transformer = load_transformer(folder, file, dtype, device)
+        files = [weights] if weights else weight_files(component(folder, "transformer"))
+        if (total := weights_bytes(files)) >= SLOW_BYTES:
+            on_message(f"Reading the transformer of {weights or config.model.path}, {size(total)}")
+        transformer = load_transformer(folder, weights, dtype, device)
     except torch.OutOfMemoryError as error:
         raise ConfigurationError(
             f"model.device is {str(device)!r}, where {config.model.path} in {_name(dtype)} does "
@@ -211,7 +231,7 @@ def _stored(
 
 
 def _cached(
-    config: Config, folder: Path, prompts: Sequence[str], device: torch.device
+    config: Config, folder: Path, device: torch.device, on_message: Callable[[str], None]
 ) -> tuple[Embedder, tuple[int, int]]:
     """Embeddings as it goes. In bfloat16 whatever the transformer is in, as the stored ones."""
     for name in (CLIP, T5):  # they are loaded when all else is: what is missing is told now
@@ -221,7 +241,7 @@ def _cached(
     def load() -> TextEncoders:
         return TextEncoders(folder, device, max_sequence_length=length)
 
-    return CachedEncoders(load, device), embedding_widths(folder)
+    return CachedEncoders(load, device, on_message=on_message), embedding_widths(folder)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -229,5 +249,4 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _size(module: nn.Module) -> str:
-    bytes = sum(parameter.nbytes for parameter in module.parameters())
-    return f"{bytes / 1e9:.3g} GB" if bytes >= 1e9 else f"{bytes / 1e6:.3g} MB"
+    return size(sum(parameter.nbytes for parameter in module.parameters()))

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, TrainingError
+from ..metrics import size
 from .files import component, read_header, weight_files
 from .loading import load_transformer, load_vae, weights_bytes
 from .snippet import Source, renamed
@@ -46,7 +47,7 @@ def load_pipeline(
         files = [source.transformer]
     total = weights_bytes(files)
     if not console.is_interactive:
-        console.out(f"Reading the transformer, {total / 1e9:.1f} GB, and its encoders")
+        console.out(f"Reading the transformer, {size(total)}, and its encoders")
     with memory(device, "loading the model", offload):
         with progress_bar(console, "reading the transformer", total) as progress:
             with renamed({"model.transformer is": "the transformer's weights are"}):

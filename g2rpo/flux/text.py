@@ -11,7 +11,6 @@ the files have their dtype they are mapped, not copied, into it.
 from __future__ import annotations
 
 import hashlib
-import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import ConfigurationError
 from ..policy import Conditions
 from .files import component, read_json, weight_files
+from .quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, PreTrainedTokenizerBase, T5EncoderModel
@@ -220,7 +220,7 @@ def _load_encoder(cls: Any, folder: Path, name: str, dtype: torch.dtype) -> Any:
     place = component(folder, name)
     weight_files(place)  # says which file is missing or cut short, and how to get it again
     try:
-        with _quiet():
+        with quiet("transformers"):  # not diffusers, which `g2rpo embed` never imports
             encoder, info = cls.from_pretrained(
                 place, dtype=dtype, use_safetensors=True, local_files_only=True,
                 ignore_mismatched_sizes=True, output_loading_info=True,  # refused below, by name
@@ -253,25 +253,3 @@ def _damaged(place: Path, error: Exception) -> ConfigurationError:
         f"{place} cannot be loaded ({type(error).__name__}: {error}); a file in it is damaged or "
         f"of another kind of model: copy or download {place.name} again"
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and its report of the keys, which is told otherwise."""
-    from transformers.utils import logging as theirs
-
-    def no_report(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
-
-    shown = theirs.is_progress_bar_enabled()
-    handlers = list(logging.getLogger("transformers").handlers)
-    theirs.disable_progress_bar()
-    for handler in handlers:
-        handler.addFilter(no_report)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(no_report)
-        if shown:
-            theirs.enable_progress_bar()

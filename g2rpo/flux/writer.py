@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 from ..errors import ConfigurationError, TrainingError
-from ..metrics import count, write_beside
+from ..metrics import count, size, write_beside
 from ..policy import Conditions
 from .store import FORMAT, INDEX, NAMES, SHARD, EmbeddingStore, Maker, Shard, made_of, read_index
 
@@ -123,13 +123,3 @@ class StoreWriter(EmbeddingStore):
         content = {"format": FORMAT, **vars(self.maker), "shards": listed}
         text = json.dumps(content, ensure_ascii=False, indent=1)
         write_beside(self.folder / INDEX, text.encode())
-
-
-def size(bytes: int) -> str:
-    """4.2 MB, 12.9 GB, 80 GB: three digits, in powers of a thousand."""
-    value, unit = float(bytes), "B"
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if value < 999.5 or unit == "TB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.3g} {unit}"
