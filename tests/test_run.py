@@ -1,5 +1,7 @@
-"""Runs: killed, interrupted, resumed, refused. Each is a process of its own, as a user's is."""
+"""Runs: killed, interrupted, resumed, refused. What is killed or gets a signal is a process of its
+own; the others are the same command in this one, which spares the seconds of imports."""
 
+import io
 import json
 import os
 import shutil
@@ -7,12 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import tiny_cli
 import torch
 import yaml
 from safetensors.torch import load_file
+
+import g2rpo.run
+from g2rpo import cli
 
 HERE = Path(__file__).parent
 CLI = [sys.executable, str(HERE / "tiny_cli.py"), "train"]
@@ -42,13 +52,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 
-def g2rpo(*arguments: object, code: int = 0, **variables: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [*CLI, *map(str, arguments)], env=environment() | variables, capture_output=True, text=True,
-        timeout=120,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+def train(*arguments: object, code: int = 0, **variables: str) -> SimpleNamespace:
+    """What tiny_cli.py does as a process: its exit code, and what it says."""
+    out, err = io.StringIO(), io.StringIO()
+    tiny_cli.calls.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes have: with two, the last bit may be another
+    try:
+        with redirect_stdout(out), redirect_stderr(err), mock.patch.dict(os.environ, variables):
+            with mock.patch.object(g2rpo.run, "load_model", tiny_cli.load_tiny_model):
+                found = cli.main(["train", *map(str, arguments)])
+    except Exception:  # as Python itself ends
+        found = 1
+        err.write(traceback.format_exc())
+    finally:
+        torch.set_num_threads(threads)
+    assert found == code, out.getvalue() + err.getvalue()
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def final_weights(run_dir: Path, update: int = 6) -> dict[str, torch.Tensor]:
@@ -77,7 +97,7 @@ def undisturbed(tmp_path_factory) -> Path:
     """The run all others are compared with."""
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "small.yaml").write_text(yaml.safe_dump(SMALL))
-    g2rpo(folder / "small.yaml", "--train.output", folder / "run")
+    train(folder / "small.yaml", "--train.output", folder / "run")
     return folder / "run"
 
 
@@ -137,7 +157,7 @@ def test_kill_9_and_resume(small, tmp_path, undisturbed):
     process.stdout.close()
     saved = max(int(p.name[-6:]) for p in (run_dir / "checkpoints").glob("step-*"))
     assert rows(run_dir)[-1]["update"] > saved, "the kill should have cost an update"
-    done = g2rpo("--resume", run_dir)
+    done = train("--resume", run_dir)
     assert f"Resuming after update {saved}" in done.stdout
     named_as_undisturbed(run_dir)
     assert_same_run(run_dir, undisturbed)
@@ -157,7 +177,7 @@ def test_stop_and_resume(small, tmp_path, undisturbed, number):
     assert f"Go on with: g2rpo train --resume {run_dir}" in output
     assert (run_dir / "checkpoints" / f"step-{done:06d}" / "manifest.json").exists()
     assert (run_dir / "report.html").exists()
-    g2rpo("--resume", run_dir)
+    train("--resume", run_dir)
     named_as_undisturbed(run_dir)
     assert_same_run(run_dir, undisturbed)
 
@@ -168,24 +188,24 @@ def test_failed_evaluation_and_resume(small, tmp_path, undisturbed, evaluation, 
     run_dir = tmp_path / "failed"
     judge = '{"name": "tiny_cli:fragile_contrast", "heldout": true}'
     rewards = ("--rewards", f'[{{"name": "tiny:brightness"}}, {judge}]')
-    done = g2rpo(small, "--train.output", run_dir, *rewards, code=1, FAILS_AT=str(evaluation))
+    done = train(small, "--train.output", run_dir, *rewards, code=1, FAILS_AT=str(evaluation))
     assert "the judge does not answer" in done.stderr
     assert (run_dir / "checkpoints" / f"step-{update:06d}").exists()
-    g2rpo("--resume", run_dir)
+    train("--resume", run_dir)
     named_as_undisturbed(run_dir)
     assert_same_run(run_dir, undisturbed)
 
 
 def test_a_run_ended_early_is_evaluated_at_its_end(copied):
     shutil.rmtree(copied / "checkpoints" / "step-000006")
-    g2rpo("--resume", copied, "--train.updates", 4)
+    train("--resume", copied, "--train.updates", 4)
     assert [row["update"] for row in rows(copied)] == list(range(5))
     assert "heldout/contrast/mean" in rows(copied)[-1] and "grad_norm" in rows(copied)[-1]
 
 
 def test_resume_to_fewer_updates_than_made(copied):
     before = (copied / "config.yaml").read_text()
-    done = g2rpo("--resume", copied, "--train.updates", 5, code=2)
+    done = train("--resume", copied, "--train.updates", 5, code=2)
     assert "train.updates is 5; expected at least 6" in done.stderr
     assert (copied / "config.yaml").read_text() == before and len(rows(copied)) == 7
 
@@ -203,7 +223,7 @@ def test_truncated_checkpoint(copied, undisturbed, victim):
     """The one before is used, and said; the run ends as if nothing had happened."""
     path = copied / "checkpoints" / "step-000006" / victim
     path.write_bytes(path.read_bytes()[:-100])
-    done = g2rpo("--resume", copied)
+    done = train("--resume", copied)
     assert "Checkpoint passed over" in done.stdout and "step-000006" in done.stdout
     assert "Resuming after update 4" in done.stdout
     assert_same_run(copied, undisturbed)
@@ -211,7 +231,7 @@ def test_truncated_checkpoint(copied, undisturbed, victim):
 
 def test_resume_before_the_first_checkpoint(copied, undisturbed):
     shutil.rmtree(copied / "checkpoints")
-    done = g2rpo("--resume", copied)
+    done = train("--resume", copied)
     assert "no checkpoint yet: starting from the beginning" in done.stdout
     assert_same_run(copied, undisturbed)
 
@@ -219,55 +239,55 @@ def test_resume_before_the_first_checkpoint(copied, undisturbed):
 def test_half_written_checkpoint_is_not_one(copied, undisturbed):
     newest = copied / "checkpoints" / "step-000006"
     newest.rename(copied / "checkpoints" / ".step-000006.partial")
-    assert "Resuming after update 4" in g2rpo("--resume", copied).stdout
+    assert "Resuming after update 4" in train("--resume", copied).stdout
     assert_same_run(copied, undisturbed)
 
 
 def test_no_checkpoint_is_whole(copied):
     for path in (copied / "checkpoints").glob("*/manifest.json"):
         path.write_text("{")
-    done = g2rpo("--resume", copied, code=1)
+    done = train("--resume", copied, code=1)
     assert "step-000004" in done.stderr and "step-000006" in done.stderr
 
 
 def test_longer_run(copied):
     """A finished run goes on when asked for more updates."""
-    g2rpo("--resume", copied, "--train.updates", 8)
+    train("--resume", copied, "--train.updates", 8)
     assert [row["update"] for row in rows(copied)] == list(range(9))
     assert "reward/brightness/mean" in rows(copied)[-1]
 
 
 def test_resume_refuses_to_become_another_run(copied, tmp_path):
-    done = g2rpo("--resume", copied, "--train.seed", 5, code=2)
+    done = train("--resume", copied, "--train.seed", 5, code=2)
     assert "train.seed is 5, but" in done.stderr and "was started with 0" in done.stderr
-    done = g2rpo("--resume", tmp_path / "nowhere", code=2)
+    done = train("--resume", tmp_path / "nowhere", code=2)
     assert "there is no config.yaml in it" in done.stderr
-    done = g2rpo("digits", "--resume", copied, code=2)
+    done = train("digits", "--resume", copied, code=2)
     assert "expected no preset" in done.stderr
 
 
 def test_output_that_holds_a_run(copied, small):
     """Refused, and untouched; --overwrite replaces it, and nothing that is not a run's."""
     before = (copied / "metrics.jsonl").read_bytes()
-    done = g2rpo(small, "--train.output", copied, code=2)
+    done = train(small, "--train.output", copied, code=2)
     assert "holds another run" in done.stderr and "--overwrite" in done.stderr
     assert (copied / "metrics.jsonl").read_bytes() == before
     (copied / "notes.txt").write_text("mine")
-    g2rpo(small, "--train.output", copied, "--overwrite", "--train.updates", 1)
+    train(small, "--train.output", copied, "--overwrite", "--train.updates", 1)
     assert [row["update"] for row in rows(copied)] == [0, 1]
     assert (copied / "notes.txt").read_text() == "mine"
 
 
 def test_output_that_is_a_file(small, tmp_path):
     (tmp_path / "file").write_text("")
-    done = g2rpo(small, "--train.output", tmp_path / "file", code=2)
+    done = train(small, "--train.output", tmp_path / "file", code=2)
     assert "expected a directory" in done.stderr
-    done = g2rpo(small, "--train.output", tmp_path / "file" / "run", code=2)
+    done = train(small, "--train.output", tmp_path / "file" / "run", code=2)
     assert "expected a directory that can be made" in done.stderr
 
 
 def test_all_judges_failing_saves_and_says(small, tmp_path):
-    done = g2rpo(
+    done = train(
         small, "--train.output", tmp_path / "run", "--rewards", '[{"name": "tiny:broken"}]', code=1
     )
     assert "every reward group failed" in done.stderr and "Traceback" not in done.stderr

@@ -27,6 +27,10 @@ def fragile_contrast(images, prompts):
     return contrast(images, prompts)
 
 
+def load_tiny_model(config, **callbacks):
+    return TinyModel()
+
+
 if __name__ == "__main__":
-    g2rpo.run.load_model = lambda config, **_: TinyModel()
+    g2rpo.run.load_model = load_tiny_model
     sys.exit(cli.main(sys.argv[1:]))
