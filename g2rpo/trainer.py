@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +28,10 @@ import g2rpo_kernels as gk
 from .completions import complete, plan_completions
 from .config import Config
 from .data import PromptSampler
-from .errors import ConfigurationError, TrainingError
+from .errors import ConfigurationError
 from .evaluation import evaluate_policy, row_slices, score_rollout
 from .improve import Improver
-from .memory import peak_memory_bytes
+from .memory import peak_memory_bytes, refuse, within_memory
 from .objective import integrate_advantages, summarise_losses
 from .phases import Phases
 from .policy import Conditions, Model
@@ -46,7 +46,6 @@ STATE = (
     "updates", "evaluations", "skipped_updates", "skipped_in_a_row", "seconds", "row",
     "branch_batch", "anchor_batch",
 )  # fmt: skip
-Result = TypeVar("Result")
 
 
 class Interrupted(Exception):
@@ -132,7 +131,7 @@ class Trainer:
         Raises Interrupted when asked to stop, TrainingError when every reward failed or memory does
         not suffice; either way weights and optimizer are untouched.
         """
-        return self._within_memory(self._update)
+        return within_memory(self._update, self._make_room)
 
     def evaluate(self) -> tuple[dict[str, Any], Tensor, list[str]]:
         """The fixed evaluation: metrics keys, images [M, C, H, W] and their prompts.
@@ -140,7 +139,7 @@ class Trainer:
         Of the weights' moving average, if one is kept. Evaluations made here are not training and
         are not counted.
         """
-        return self._within_memory(self._evaluate)
+        return within_memory(self._evaluate, self._make_room)
 
     def state_dict(self) -> dict[str, Any]:
         """All that an undisturbed run would go on with, the weights and their average apart."""
@@ -312,16 +311,6 @@ class Trainer:
             rollout.group_size, self.branch_batch, self.policy.device,
         )  # fmt: skip
 
-    def _within_memory(self, work: Callable[[], Result]) -> Result:
-        """Do the work, again with a smaller batch whenever the GPU's memory runs out."""
-        while True:
-            try:
-                return work()
-            except torch.OutOfMemoryError as error:
-                reason = str(error).partition(". ")[0]
-            # Here, not above: the exception's frames held the tensors that did not fit.
-            self._make_room(reason)
-
     def _make_room(self, reason: str) -> None:
         """Halve the batch of the phase that ran out of memory. Raises TrainingError at one row."""
         self.improver.optimizer.zero_grad(set_to_none=True)
@@ -329,15 +318,9 @@ class Trainer:
         which = "anchor_batch" if phase in ("anchor", "update") else "branch_batch"
         rows = getattr(self, which)
         if self.midway or rows == 1:
-            raise TrainingError(
-                f"out of memory in the phase {phase!r}, which no smaller batch could mend "
-                f"({reason}); expected more GPU memory, model.gradient_checkpointing, "
-                "model.lora.rank > 0, model.dtype bfloat16 or smaller images"
-            )
+            refuse(phase, reason)
         setattr(self, which, rows // 2)
         self._plan_completions()
-        if self.policy.device.type == "cuda":
-            torch.cuda.empty_cache()
         self.on_message(
             f"Out of memory in the phase {phase!r}: from here on {rows // 2} rows a forward in it, "
             f"not {rows} ({reason})"
