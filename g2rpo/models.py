@@ -33,7 +33,8 @@ class DigitsModel:
         self._conditions = Conditions(*digits.embed_prompts(self.prompts)).to(device)
         self._index = {prompt: i for i, prompt in enumerate(self.prompts)}
         transformer = digits.pretrained_transformer(on_step=on_step)
-        transformer = transformer.to(device, dtype).eval()
+        # nn.Module's own: diffusers' warns of modules that FLUX does not have
+        transformer = torch.nn.Module.to(transformer, device, dtype).eval()
         self.policy = FluxPolicy(transformer, digits.token_ids(device)[1], guidance)
 
     def embed(self, prompts: Sequence[str]) -> Conditions:

@@ -226,3 +226,21 @@ def test_reward_errors(reward):
         reward(images.flatten(1), ["one", "two"])
     with pytest.raises(ValueError, match=r"images must lie in \[0, 1\], got values from -1 to -1"):
         reward(images - 1, ["one", "two"])
+
+
+def test_an_update_in_bfloat16(monkeypatch, caplog):
+    """model.dtype acts on the digits too; quietly, and on-policy to the last bit."""
+    from tiny import tiny_config
+
+    from g2rpo.models import load_model
+    from g2rpo.rewards import Reward
+    from g2rpo.trainer import Trainer
+
+    monkeypatch.setattr(digits, "pretrained_transformer", lambda **_: digits.new_transformer(0))
+    config = tiny_config()
+    config.model.dtype = "bfloat16"
+    model = load_model(config)
+    assert model.policy.dtype == torch.bfloat16
+    row = Trainer(config, model, [Reward("log_prob", digits.classifier_log_prob)]).update()
+    assert row["ratio_max"] == 1.0 and row["grad_norm"] > 0
+    assert not caplog.records
