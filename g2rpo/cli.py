@@ -25,6 +25,7 @@ commands:
   embed PRESET|FILE.yaml [--group.key value ...]   embed a run's prompts ahead of it
   sample RUN_DIR|MODEL --prompt TEXT ...           draw images with a checkpoint, a LoRA or neither
   doctor                                           what this machine has, and what is missing
+  doctor --fp8 [PRESET|FILE.yaml ...]              what FP8 completions would change
 
 `g2rpo train digits` needs nothing but itself and a few minutes.
 `g2rpo COMMAND --help` documents every key."""
@@ -107,6 +108,10 @@ def sample(arguments: list[str]) -> int:
 
 
 def doctor(arguments: list[str]) -> int:
+    if "--fp8" in arguments:
+        from . import fp8_gate
+
+        return fp8_gate.main([argument for argument in arguments if argument != "--fp8"])
     from . import doctor
 
     return doctor.main(arguments)

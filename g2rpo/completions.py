@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -33,6 +34,7 @@ class CompletionBatch:
     slots: Tensor  # int64 [batch] of the pool, the latents read
     prompts: Tensor  # int64 [batch] rows of the conditions
     sigmas: Tensor  # float32 [batch]
+    sigma_index: Tensor  # int64 [batch], the same as indices into the schedule
     step_rows: Tensor  # int64 [E] of this batch
     step_sigmas: Tensor  # float32 [E]
     step_sigmas_next: Tensor  # float32 [E], 0 for the x0-prediction
@@ -147,6 +149,7 @@ def _batch(
         slots=index([item.slot for item in padded]),
         prompts=index([item.prompt for item in padded]),
         sigmas=sigma_of([item.node.sigma for item in padded]),
+        sigma_index=index([item.node.sigma for item in padded]),
         step_rows=index(row),
         step_sigmas=sigma_of(sigma),
         step_sigmas_next=sigma_of(sigma_next),
@@ -161,10 +164,12 @@ def complete(
     anchors: Tensor,  # [B, *S] the anchors past their last SDE position
     conditions: Conditions,  # B rows
     on_batch: Callable[[int], None] | None = None,
+    modulations: gk.ModulationTable | None = None,
 ) -> tuple[Tensor, Tensor]:  # [J, B * G, K, *S], [B, *S]
     """Finish every branch at every granularity, and the anchors: x0-predictions, float32.
 
-    on_batch: called with the number of real rows after each batch.
+    on_batch: called with the number of real rows after each batch. modulations: of all sigmas of
+    the schedule and of these prompts, for a fused transformer.
     """
     prompts, group_size, positions, *shape = latents.shape
     if (prompts, prompts * group_size * positions) != (plan.prompts, plan.branches):
@@ -177,7 +182,11 @@ def complete(
     pool[plan.branches : plan.branches + prompts] = anchors
     for batch in plan.batches:
         rows = pool.index_select(0, batch.slots)
-        velocity = policy.predict(rows, batch.sigmas, conditions[batch.prompts])
+        known: AbstractContextManager[None] = nullcontext()
+        if modulations is not None:
+            known = modulations.rows(batch.prompts * modulations.sigmas + batch.sigma_index)
+        with known:
+            velocity = policy.predict(rows, batch.sigmas, conditions[batch.prompts])
         following = gk.ode_step(
             velocity.index_select(0, batch.step_rows), rows.index_select(0, batch.step_rows),
             batch.step_sigmas, batch.step_sigmas_next,

@@ -63,6 +63,13 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Of the transformer's weights and arithmetic; null: bfloat16, and float32 for the digits."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    fuse: bool = False
+    """Run the transformer's blocks on g2rpo_kernels' fused ops; the same weights and files."""
+    attention: Literal[
+        "auto", "native", "cudnn", "flash-attn-3", "flash-attn", "flash", "efficient", "math"
+    ] = "auto"
+    """Attention of FLUX: auto measures those there are, once for each GPU; native leaves it to
+    PyTorch, as do CPUs; flash-attn needs that package, cudnn and the last three none."""
     gradient_checkpointing: bool = False
     """Forward twice in the update instead of keeping every activation."""
     device: str = "auto"
@@ -112,6 +119,9 @@ class RolloutConfig:
     """Step sizes, in steps of the schedule, at which every branch is completed."""
     group_size: int = 12
     """Branches G per prompt and position, at least 2."""
+    precision: Literal["fp8"] | None = None
+    """Of the completions' forwards: fp8 (needs model.fuse) for their token linears; null: as the
+    update's. Anchors, and with them the importance ratios, never see it."""
     branch_batch: int = 16
     """Rows of one transformer forward; completions are packed into batches of exactly this size."""
 
@@ -269,6 +279,10 @@ class Config:
 
         training: False where no reward is needed.
         """
+        _expect(
+            "rollout.precision", self.rollout.precision,
+            self.rollout.precision is None or self.model.fuse, "null, or model.fuse true with it",
+        )  # fmt: skip
         for group in (self.model.lora, self.data, self.rollout, self.objective):
             group.validate()
         for group in (self.optimizer, self.train):

@@ -16,6 +16,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+import g2rpo_kernels as gk
+
+from .errors import ConfigurationError
+
 
 @dataclass(frozen=True)
 class Conditions:
@@ -107,6 +111,19 @@ class FluxPolicy:
         with torch.inference_mode():
             velocity = self.velocity(latents, sigma, conditions)
         return velocity.clone()
+
+
+def fp8_rollout(transformer: nn.Module, device: torch.device) -> gk.Fp8Rollout:
+    """FP8 completions on a GPU that can, the same numbers emulated on a CPU.
+
+    Raises ConfigurationError on a GPU that cannot: there the emulation would only be slow.
+    """
+    try:
+        return gk.Fp8Rollout(transformer, emulate=device.type == "cpu")
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"rollout.precision is 'fp8'; expected null on this hardware: {error}"
+        ) from error
 
 
 class Model(Protocol):

@@ -34,7 +34,7 @@ from .improve import Improver
 from .memory import peak_memory_bytes, refuse, within_memory
 from .objective import integrate_advantages, summarise_losses
 from .phases import Phases
-from .policy import Conditions, Model
+from .policy import Conditions, Model, fp8_rollout
 from .rewards import Reward
 from .rollout import Branches, branch_out, broken_prompts
 from .schedule import evaluations_per_prompt, noise_schedule
@@ -90,11 +90,17 @@ class Trainer:
         self.branch_batch = rollout.branch_batch
         self.anchor_batch = min(rollout.branch_batch, train.prompts_per_update)
         self._plan_completions()
+        if config.model.fuse:
+            gk.fuse_flux(self.policy.transformer)
         if config.model.gradient_checkpointing:
             self.policy.transformer.enable_gradient_checkpointing()
         self.weights = make_weights(
             self.policy.transformer, config.model.lora, train.seed, bool(config.objective.kl)
         )
+        # Within it the completions' forwards are made, and no others.
+        self.completion_precision: Any = nullcontext()
+        if rollout.precision == "fp8":
+            self.completion_precision = fp8_rollout(self.policy.transformer, device)
         self.average = None
         if train.ema is not None:
             self.average = MovingAverage(self.weights.parameters, train.ema)
@@ -176,6 +182,7 @@ class Trainer:
             setattr(self, name, state[name])
         if hasattr(self.model, "load_state_dict"):
             self.model.load_state_dict(state["model"])
+        self._refresh()
         self._plan_completions()
 
     # The parts of an update ---------------------------------------------------------------------
@@ -237,11 +244,17 @@ class Trainer:
                     self.positions, self.coefficients, seeds, self._progress,
                 )  # fmt: skip
                 chunks.append((rows, branches))
-        with self.phases("completions"):
+        with self.phases("completions"), self.completion_precision:
             x_next = torch.cat([branches.x_next for _, branches in chunks])
             anchors = torch.cat([branches.anchors for _, branches in chunks])
+            modulations = None
+            if self.config.model.fuse:
+                modulations = gk.ModulationTable(
+                    self.policy.transformer, self.sigmas, conditions.pooled_embeds,
+                    self.policy.guidance,
+                )  # fmt: skip
             finished, anchors = complete(
-                self.policy, self.plan, x_next, anchors, conditions, self._progress
+                self.policy, self.plan, x_next, anchors, conditions, self._progress, modulations
             )
         return chunks, finished, anchors
 
@@ -266,6 +279,7 @@ class Trainer:
             result = self.improver.improve(chunks, conditions, advantages.values)
             if result.moved:
                 self.skipped_in_a_row = 0
+                self._refresh()
                 if self.average is not None:
                     self.average.update()
             elif result.finite:
@@ -301,6 +315,11 @@ class Trainer:
                 self.model, prompts, self.rewards, self.sigmas, self.branch_batch
             )
         return {**row, "seconds/evaluation": self.phases.seconds["evaluation"]}, images, prompts
+
+    def _refresh(self) -> None:
+        """The completions' copies of the weights follow them."""
+        if isinstance(self.completion_precision, gk.Fp8Rollout):
+            self.completion_precision.refresh()
 
     # Memory and time ----------------------------------------------------------------------------
 

@@ -11,12 +11,21 @@ with `torch.library` under the namespace `g2rpo` and trace under `torch.compile(
 
 from ._library import BackendStatus, backends, use_backend
 from ._load import load_backends
+from .adaln_modulate import adaln_modulate
 from .branch_log_prob import branch_log_prob
 from .dynamics import DYNAMICS, StepCoefficients, step_coefficients
+from .flux import fuse_flux, unfuse_flux
+from .fp8_linear import Fp8Support, fp8_linear, fp8_support
+from .fp8_rollout import Fp8Rollout
+from .gated_residual import gated_residual, gated_residual_modulate
+from .gelu_tanh import gelu_tanh, gelu_tanh_beside
 from .group_advantages import group_advantages
+from .modulation_table import ModulationTable
 from .normal import normal
 from .ode_step import ode_step
 from .policy_loss import PolicyLoss, policy_loss
+from .qk_norm_rope import qk_norm_rope
+from .quantize_fp8 import Fp8Tensor, dequantize, quantize_fp8, refresh_fp8
 from .sde_step import sde_step
 from .step_mean import step_mean
 
@@ -25,16 +34,33 @@ load_backends()
 __all__ = [
     "DYNAMICS",
     "BackendStatus",
+    "Fp8Rollout",
+    "Fp8Support",
+    "Fp8Tensor",
+    "ModulationTable",
     "PolicyLoss",
     "StepCoefficients",
+    "adaln_modulate",
     "backends",
     "branch_log_prob",
+    "dequantize",
+    "fp8_linear",
+    "fp8_support",
+    "fuse_flux",
+    "gated_residual",
+    "gated_residual_modulate",
+    "gelu_tanh",
+    "gelu_tanh_beside",
     "group_advantages",
     "normal",
     "ode_step",
     "policy_loss",
+    "qk_norm_rope",
+    "quantize_fp8",
+    "refresh_fp8",
     "sde_step",
     "step_coefficients",
     "step_mean",
+    "unfuse_flux",
     "use_backend",
 ]

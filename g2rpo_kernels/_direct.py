@@ -40,8 +40,9 @@ def direct_function(
 ) -> type[torch.autograd.Function]:
     """What `register_autograd` generates, less the way back through the dispatcher.
 
-    Outputs behind the first go past autograd, into the list that is the last argument.
+    Outputs behind the differentiable ones go past autograd, into the list given last.
     """
+    count = op.differentiable
 
     def forward(ctx, *arguments):
         *arguments, others = arguments
@@ -50,11 +51,14 @@ def direct_function(
             setup_context(ctx, arguments, output)
         if not isinstance(output, tuple):
             return output
-        others += output[1:]
-        return output[0]
+        others += output[count:]
+        if count == 1:
+            return output[0]
+        ctx.set_materialize_grads(False)  # as through the dispatcher
+        return output[:count]
 
-    def backward_and_none(ctx, grad):
-        grads = backward(ctx, grad)
+    def backward_and_none(ctx, *grads):
+        grads = backward(ctx, *grads)
         return (*grads, None) if isinstance(grads, tuple) else (grads, None)
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward_and_none)}

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ._direct import direct_function, something_listens
+from .native import NATIVE
 
 LIBRARY = torch.library.Library("g2rpo", "DEF")
 
@@ -57,6 +58,8 @@ class Operator:
         self.implementations = {"reference": reference}
         self.overload: torch._ops.OpOverload | None = None
         self.function: type[torch.autograd.Function] | None = None
+        self.differentiable = 1  # of several outputs, this many from the first on
+        self.strided: tuple[int, ...] = ()  # arguments that need not be contiguous
 
     @property
     def implementations(self) -> dict[str, Callable]:
@@ -95,8 +98,10 @@ class Operator:
             if not ready:  # rare, and not worth a second way
                 return self.overload(*arguments)
             others: list[Tensor] = []
-            first = self.function.apply(*arguments, others)
-            return (first, *others) if others else first
+            outputs = self.function.apply(*arguments, others)
+            if isinstance(outputs, tuple):
+                return (*outputs, *others)
+            return (outputs, *others) if others else outputs
         if not ready:
             return self.run(*arguments)
         return self.select(arguments[0].device)(*arguments)
@@ -104,10 +109,10 @@ class Operator:
     def run(self, *arguments):
         """On the chosen backend, which is handed contiguous tensors; what the dispatcher calls."""
         given, wide = [], False
-        for x in arguments:
+        for i, x in enumerate(arguments):
             if isinstance(x, Tensor):
                 wide = wide or x.dtype is torch.float64
-                given.append(x.contiguous())
+                given.append(x if i in self.strided and has_whole_rows(x) else x.contiguous())
             else:
                 given.append(x)
         return self.select(given[0].device, wide)(*given)
@@ -130,10 +135,14 @@ class Operator:
         for name in PRIORITY.get(device.type, ()):
             implementation = self.implementations.get(name)
             if implementation is not None and refusal(name, device) is None:
-                if name == "reference" and device.type not in _warned:
+                if name == "reference" and device.type not in _warned and self._misses(device):
                     _say_the_reference_serves(device)
                 return implementation
         return self.implementations["reference"]
+
+    def _misses(self, device: torch.device) -> bool:
+        """Whether a complete installation has something faster for this op on such a device."""
+        return self.name in NATIVE or "triton" in PRIORITY[device.type]
 
     def _forced_implementation(self, device: torch.device, wide: bool) -> Callable:
         if _forced not in self.implementations:
@@ -153,7 +162,7 @@ class Operator:
 
 
 _ops: dict[str, Operator] = {}
-_NOT_TENSORS = frozenset({type(None), int, float, list, tuple})
+_NOT_TENSORS = frozenset({type(None), bool, int, float, list, tuple})
 
 
 def define_op(
@@ -163,21 +172,29 @@ def define_op(
     fake: Callable,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    differentiable: int = 1,
+    strided: tuple[int, ...] = (),
 ) -> Operator:
     """Register `g2rpo::<schema>` and return it, ready to be called.
 
     schema: torch.library schema with its name, functional: "step(Tensor x, Tensor y) -> Tensor".
         The first argument is a tensor; its device chooses the backend.
     reference: plain PyTorch, any device, takes and returns what the schema says. Every backend is
-        handed contiguous tensors.
+        handed contiguous tensors, but for `strided`.
     fake: the same signature; shapes, dtypes and devices of the outputs only.
-    backward, setup_context: as for `torch.library.register_autograd`. Of several outputs the first
-        alone is differentiable, and `backward` is given its gradient alone, None included. An op
-        without them is not differentiable and its public function refuses inputs that require
-        gradients.
+    backward, setup_context: as for `torch.library.register_autograd`. An op without them is not
+        differentiable and its public function refuses inputs that require gradients.
+    differentiable: of several outputs, this many from the first on carry gradients, and
+        `backward(ctx, *grads)` is given as many, None for one that nothing reached. What the
+        backward pass needs of the forward comes behind them.
+    strided: positions of tensor arguments of which a backend may be handed a slice: see
+        `has_whole_rows`. For wide tensors, whose copies would cost what the op saves.
     """
     name = schema.split("(", 1)[0].strip()
+    if type(differentiable) is not int or differentiable < 1:
+        raise ValueError(f"differentiable is {differentiable!r}; expected a number of outputs >= 1")
     op = _ops[name] = Operator(name, reference)
+    op.differentiable, op.strided = differentiable, strided
     LIBRARY.define(schema)
     LIBRARY.impl(name, op.run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"g2rpo::{name}", fake, lib=LIBRARY)
@@ -185,20 +202,25 @@ def define_op(
 
         def mark_and_setup(ctx, inputs, output):
             if isinstance(output, tuple):
-                ctx.mark_non_differentiable(*output[1:])
+                ctx.mark_non_differentiable(*output[differentiable:])
                 ctx.set_materialize_grads(False)  # or torch would fill zeros for each of them
             if setup_context is not None:
                 setup_context(ctx, inputs, output)
 
         torch.library.register_autograd(
             f"g2rpo::{name}",
-            lambda ctx, grad, *_: backward(ctx, grad),
+            lambda ctx, *grads: backward(ctx, *grads[:differentiable]),
             setup_context=mark_and_setup,
             lib=LIBRARY,
         )
         op.function = direct_function(op, backward, setup_context)
     op.overload = getattr(torch.ops.g2rpo, name).default
     return op
+
+
+def has_whole_rows(x: Tensor) -> bool:
+    """Whether x [B, D] or [B, L, D] is made of dense rows, at any distance from one another."""
+    return x.ndim in (2, 3) and x.stride(-1) == 1 and min(x.stride()) > 0
 
 
 def add_backend(op_name: str, backend: str, implementation: Callable) -> None:
@@ -235,7 +257,7 @@ def refusal(backend: str, device: torch.device) -> str | None:
 def _say_the_reference_serves(device: torch.device) -> None:
     _warned.add(device.type)
     reasons = [
-        f"{name}: {_absent.get(name) or refusal(name, device)}"
+        f"{name}: {_absent.get(name) or refusal(name, device) or 'not made for this op'}"
         for name in PRIORITY[device.type]
         if name != "reference"
     ]

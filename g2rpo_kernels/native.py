@@ -16,16 +16,17 @@ from torch import Tensor
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # the order of ops.h
 _NOT_GIVEN = (0, 0)
+# The ops that have native code; the others are Triton's and the reference's.
+NATIVE = (
+    "step_mean", "ode_step", "normal", "sde_step", "branch_log_prob", "policy_loss",
+    "log_prob_backward", "group_advantages",
+)  # fmt: skip
 
 
 def native_implementations(ops: ModuleType, cuda: bool) -> dict[str, Callable]:
     """Launchers by op name, for `_C.cpu` or `_C.cuda`."""
     launchers = _Launchers(ops, cuda)
-    names = (
-        "step_mean", "ode_step", "normal", "sde_step", "branch_log_prob", "policy_loss",
-        "log_prob_backward", "group_advantages",
-    )  # fmt: skip
-    return {name: getattr(launchers, name) for name in names}
+    return {name: getattr(launchers, name) for name in NATIVE}
 
 
 def _array(x: Tensor | None) -> tuple[int, int]:

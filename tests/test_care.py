@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -213,12 +214,14 @@ def test_out_of_memory_in_a_step_is_an_error():
 @contextmanager
 def small_files(size: int) -> Iterator[None]:
     """Writing more than `size` bytes to a file fails, as writing to a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, writes = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # or what is imported now would be cut short in its cache
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = writes
 
 
 @pytest.mark.parametrize("size", [400_000, 1_500_000])  # the weights do not fit; the state does not

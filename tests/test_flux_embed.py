@@ -120,6 +120,7 @@ config = Config()
 config.model.path, config.data.prompts, config.data.embeddings = sys.argv[1:4]
 config.model.device, config.data.max_sequence_length = "cpu", int(sys.argv[4])
 module.SHARD_BYTES = int(sys.argv[5])
+sys.dont_write_bytecode = True  # or what is imported now would be cut short in its cache
 usual = resource.getrlimit(resource.RLIMIT_FSIZE)
 resource.setrlimit(resource.RLIMIT_FSIZE, (5000, usual[1]))
 try:

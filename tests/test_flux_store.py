@@ -300,6 +300,7 @@ def rows(n):
 
 with writing(sys.argv[1], Maker(3, (4, 2), "bfloat16", {}), "a model") as store:
     store.add(["a"], rows(1))
+    sys.dont_write_bytecode = True  # or what is imported now would be cut short in its cache
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
     store.add([f"prompt {i}" for i in range(1000)], rows(1000))
 """

@@ -180,7 +180,11 @@ def imported_modules(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("package", "extra", "others"),
-    [("g2rpo_kernels", "", {"triton"}), ("g2rpo", "train", {"g2rpo_kernels", "torch"})],
+    # (diffusers: of whoever gives fuse_flux a model of it)
+    [
+        ("g2rpo_kernels", "", {"triton", "diffusers"}),
+        ("g2rpo", "train", {"g2rpo_kernels", "torch"}),
+    ],
 )
 def test_imports_are_declared(
     built: SimpleNamespace, package: str, extra: str, others: set[str]

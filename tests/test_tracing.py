@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import g2rpo_kernels as gk
-from g2rpo_kernels import _library
+from g2rpo_kernels.native import NATIVE
 
 
 def raw_arguments(op: str, shape: str, branched: bool, device: str) -> list[tuple]:
@@ -48,7 +48,7 @@ def raw_arguments(op: str, shape: str, branched: bool, device: str) -> list[tupl
     return [(*plain, None, None, 0.0, None), (*plain, 0.5, latents, 0.1, latents)]
 
 
-@pytest.mark.parametrize("op", _library._ops)
+@pytest.mark.parametrize("op", NATIVE)
 def test_opcheck(op: str, target: Target) -> None:
     """Schema, fake, autograd registration and AOT dispatch, static and dynamic."""
     overload = getattr(torch.ops.g2rpo, op).default
@@ -60,7 +60,7 @@ def test_opcheck(op: str, target: Target) -> None:
                 torch.library.opcheck(overload, (leaf, *arguments[1:]))
 
 
-@pytest.mark.parametrize("op", _library._ops)
+@pytest.mark.parametrize("op", NATIVE)
 def test_fake_agrees_with_the_op_on_odd_inputs(op: str, target: Target) -> None:
     """Half precision and transposed storage: shape, dtype and strides as promised."""
 

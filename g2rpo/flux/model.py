@@ -25,6 +25,7 @@ from ..errors import ConfigurationError, TrainingError
 from ..metrics import count, duration, size
 from ..models import choose_device
 from ..policy import Conditions, FluxPolicy
+from .attention import set_attention
 from .files import component, resolve_folder, weight_files
 from .images import ImageDecoder, latent_shape, position_ids, shrinkage
 from .loading import check_weights_file, load_transformer, load_vae, weights_bytes
@@ -194,6 +195,11 @@ def load_flux(config: Config, on_message: Callable[[str], None] = print) -> Flux
         f"{duration(time.monotonic() - started)}; {embeddings}"
     )
     side = shrinkage(vae.config)
+    tokens = shape[0] + config.data.max_sequence_length
+    # Kept in the run's config.yaml: what a resumed run uses must be the same.
+    config.model.attention = set_attention(
+        transformer, config.model.attention, config.rollout.branch_batch, tokens, on_message
+    )
     ids = position_ids(height // side, width // side, device)
     policy = FluxPolicy(transformer, ids, config.rollout.guidance)
     decoder = ImageDecoder(vae, height, width, device, on_message)

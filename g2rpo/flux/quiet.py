@@ -12,6 +12,7 @@ from contextlib import contextmanager
 USUAL = (
     "requires torchvision", "was truncated because", "Token indices sequence length",
     "No LoRA keys associated to CLIPTextModel", "LOAD REPORT",
+    "Attention backends are an experimental feature",
 )  # fmt: skip
 
 

@@ -33,6 +33,7 @@ _NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int64: "i64",
+    torch.uint8: "u8",
 }
 
 
@@ -106,12 +107,9 @@ def compile_launch(launch: Launch, arch: int) -> CompiledKernel:
 
 
 def variant(launch: Launch) -> str:
-    """What tells two launches of one kernel apart: optional arguments that are there, sizes."""
+    """What tells two launches of one kernel apart: optional arguments not there, sizes."""
     arguments = dict(zip(launch.kernel.arg_names, launch.arguments))
-    optional = "old_velocity", "reference_velocity", "old_partial", "reference_partial", "scale"
-    if launch.kernel.__name__ == "sde_step_kernel":
-        optional = "seeds", "noise"
-    words = [name for name in optional if arguments.get(name) is not None]
+    words = [f"no {name}" for name, value in arguments.items() if value is None]
     words += [f"{name}={n}" for name, n in launch.constants.items() if isinstance(n, int)]
     if "WEIGHTS" in launch.constants:
         words.append(f"R={len(launch.constants['WEIGHTS'])}")

@@ -1,0 +1,247 @@
+"""FP8 completions and precomputed modulations: what they change, and what must never see them."""
+
+import copy
+import math
+
+import pytest
+import torch
+from test_fuse_flux import TINY, error, inputs, new_flux, run
+from tiny import TinyModel, brightness, contrast, tiny_config
+
+import g2rpo_kernels as gk
+from g2rpo.errors import ConfigurationError
+from g2rpo.fp8_gate import lines, measure
+from g2rpo.rewards import Reward
+from g2rpo.trainer import Trainer
+
+
+def fp8_of(model) -> gk.Fp8Rollout:
+    return gk.Fp8Rollout(gk.fuse_flux(model), emulate=True)
+
+
+def plain_forward(model, given) -> torch.Tensor:
+    with torch.no_grad():
+        return run(model, given)
+
+
+def test_within_and_after():
+    """A few per cent of error within, and the bits of before after it; no memory but the copies."""
+    model = new_flux()
+    fp8 = fp8_of(model)
+    given = inputs(model, image=64)
+    before = plain_forward(model, given)
+    with fp8:
+        within = plain_forward(model, given)
+        assert torch.equal(plain_forward(model, given), within)
+    assert torch.equal(plain_forward(model, given), before)
+    assert 1e-4 < error(within, before) < 0.1
+    token_linears = [
+        linear.weight
+        for block in [*model.transformer_blocks, *model.single_transformer_blocks]
+        for name, linear in block.named_modules()
+        if isinstance(linear, torch.nn.Linear) and "norm" not in name
+    ]
+    weights = sum(weight.numel() for weight in token_linears)
+    rows = sum(len(weight) for weight in token_linears)
+    assert fp8.nbytes == weights + 4 * rows
+    assert not any("fp8" in name for name in model.state_dict())
+
+
+def test_the_same_as_quantising_by_hand():
+    """Each token linear sees values that e4m3 holds, on both sides, and nothing else is touched."""
+    model = new_flux({**TINY, "num_layers": 1, "num_single_layers": 0})
+    given = inputs(model)
+    plain = copy.deepcopy(model)
+    with fp8_of(model):
+        ours = plain_forward(model, given)
+
+    def rounded(x):
+        values, scales = gk.quantize_fp8(x)
+        return values.float() * scales[..., None]
+
+    block = plain.transformer_blocks[0]
+    for name, linear in block.named_modules():
+        if isinstance(linear, torch.nn.Linear) and "norm" not in name:
+            linear.weight.data = rounded(linear.weight.data)
+            linear.register_forward_pre_hook(lambda module, given: (rounded(given[0]),))
+    assert error(ours, plain_forward(plain, given)) < 1e-3
+    assert error(ours, plain_forward(model, given)) > 1e-3
+
+
+def test_refresh_follows_the_weights():
+    model = new_flux()
+    fp8 = fp8_of(model)
+    given = inputs(model)
+    with fp8:
+        before = plain_forward(model, given)
+    model.load_state_dict(new_flux(seed=4).state_dict())
+    with fp8:
+        stale = plain_forward(model, given)
+    fp8.refresh()
+    with fp8:
+        after = plain_forward(model, given)
+    with fp8_of(new_flux(seed=4)) as other:
+        pass
+    fresh = new_flux(seed=4)
+    with fp8_of(fresh):
+        assert torch.equal(plain_forward(fresh, given), after)
+    assert other.nbytes == fp8.nbytes
+    assert not torch.equal(before, after) and not torch.equal(stale, after)
+
+
+def test_adapters_are_merged_into_the_copies():
+    import peft
+
+    model = new_flux()
+    torch.manual_seed(3)
+    model.add_adapter(
+        peft.LoraConfig(
+            r=4, lora_alpha=8, init_lora_weights=False, target_modules=["attn.to_q", "proj_mlp"]
+        )
+    )
+    fp8 = fp8_of(model)
+    given = inputs(model, image=64)
+    plain = plain_forward(model, given)
+    with fp8:
+        within = plain_forward(model, given)
+    model.disable_adapters()
+    without = plain_forward(model, given)
+    fp8.refresh()
+    with fp8:
+        within_without = plain_forward(model, given)
+    assert error(within, plain) < 0.1 < error(within, without)
+    assert error(within_without, without) < 0.1
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="is not fused"):
+        gk.Fp8Rollout(new_flux(), emulate=True)
+    with pytest.raises(ValueError, match="is not fused"):
+        gk.ModulationTable(new_flux(), torch.ones(1), torch.ones(1, 32), 3.5)
+    with pytest.raises(RuntimeError, match="cpu cannot multiply FP8 .* emulate=True"):
+        gk.Fp8Rollout(gk.fuse_flux(new_flux()))
+    model = new_flux()
+    fp8 = fp8_of(model)
+    given = inputs(model)
+    with fp8, pytest.raises(RuntimeError, match="gradients inside an Fp8Rollout"):
+        run(model, given)
+    with fp8, pytest.raises(RuntimeError, match="expected to enter once"):
+        with fp8:
+            pass
+    assert run(model, given).requires_grad
+
+
+def test_what_is_not_finite_shows():
+    """One broken row of activations: its image is NaN, no other changes."""
+    model = new_flux()
+    given = inputs(model, batch=3)
+    with fp8_of(model):
+        before = plain_forward(model, given)
+        given["hidden_states"][1, 4, 2] = torch.inf
+        after = plain_forward(model, given)
+    assert after[1].isnan().all()
+    assert torch.equal(after[[0, 2]], before[[0, 2]])
+
+
+# Modulations ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [3.5, None])
+def test_precomputed_modulations(guidance):
+    model = gk.fuse_flux(new_flux({**TINY, "guidance_embeds": guidance is not None}))
+    given = inputs(model, batch=4)
+    sigmas = torch.tensor([1.0, 0.7, 0.2])
+    pooled = torch.randn(2, 32)
+    index = torch.tensor([4, 0, 2, 5])  # prompt * 3 + sigma
+    given["timestep"], given["pooled_projections"] = sigmas[index % 3], pooled[index // 3]
+    given["guidance"] = None if guidance is None else torch.full((4,), guidance)
+    plain = plain_forward(model, given)
+    table = gk.ModulationTable(model, sigmas, pooled, guidance)
+    calls = []
+    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
+        norm = getattr(block, "norm1", None) or block.norm
+        norm.linear.register_forward_hook(lambda *_: calls.append(1))
+    with table.rows(index):
+        known = plain_forward(model, given)
+    assert not calls and error(known, plain) < 1e-5
+    with table.rows(index.flip(0)):
+        assert error(plain_forward(model, given), plain) > 1e-3
+    assert torch.equal(plain_forward(model, given), plain) and calls
+    doubles, singles = len(model.transformer_blocks), len(model.single_transformer_blocks)
+    assert table.nbytes == 6 * 64 * (12 * doubles + 3 * singles) * 4
+
+
+# In the trainer ---------------------------------------------------------------------------------
+
+
+def make(precision="fp8", fuse=True, **train) -> Trainer:
+    config = tiny_config()
+    config.model.fuse, config.rollout.precision = fuse, precision
+    config.optimizer.lr = 0.01
+    for name, value in train.items():
+        setattr(config.train, name, value)
+    config.validate()
+    return Trainer(config, TinyModel(), [Reward("brightness", brightness)])
+
+
+def test_ratio_is_exactly_one_and_fp8_is_used():
+    """The completions see FP8, which moves rewards; the anchors and the update do not."""
+    fp8, plain = make(), make(precision=None)
+    for _ in range(3):
+        row = fp8.update()
+        assert row["ratio_mean"] == row["ratio_max"] == 1.0 and row["grad_norm"] > 0
+    first, second = make().update(), plain.update()
+    assert first["rollout/brightness/mean"] != second["rollout/brightness/mean"]
+    assert first["rollout/brightness/mean"] == pytest.approx(
+        second["rollout/brightness/mean"], abs=0.01
+    )
+    unfused = make(precision=None, fuse=False).update()
+    assert second["grad_norm"] == pytest.approx(unfused["grad_norm"], rel=1e-3)
+    assert second["rollout/brightness/mean"] == pytest.approx(
+        unfused["rollout/brightness/mean"], abs=1e-5
+    )
+
+
+def test_copies_follow_every_update_and_every_resume():
+    trainer = make()
+    copies = trainer.completion_precision._copies[0][1]["qkv"]
+
+    def follows():
+        attention = trainer.policy.transformer.transformer_blocks[0].attn
+        expected = gk.quantize_fp8(attention.to_q.weight.detach())
+        return torch.equal(copies.parts[0].values.float(), expected.values.float())
+
+    trainer.update()
+    assert follows()
+    state, weights = copy.deepcopy(trainer.state_dict()), {
+        name: p.detach().clone() for name, p in trainer.weights.parameters.items()
+    }
+    trainer.update()
+    assert follows()
+    trainer.load_state_dict(state, weights)
+    assert follows()
+
+
+def test_precision_without_fused_blocks_is_refused():
+    with pytest.raises(ConfigurationError, match="rollout.precision is 'fp8'; expected null, or"):
+        make(fuse=False)
+
+
+def test_the_gate():
+    config = tiny_config()
+    config.model.fuse, config.rollout.precision = True, "fp8"
+    config.optimizer.lr = 0.01
+    rewards = [Reward("brightness", brightness), Reward("contrast", contrast)]
+    trainer = Trainer(config, TinyModel(), rewards)
+    found = measure(trainer, updates=2)
+    assert found.exact and found.log_prob_difference == 0.0 and found.not_finite == 0
+    assert [sigma for sigma, _ in found.velocity_error] == trainer.sigmas[:3].tolist()
+    assert all(1e-4 < error < 0.1 for _, error in found.velocity_error)
+    assert found.rank_correlation.keys() == {"brightness", "contrast"}
+    assert all(0.5 < value <= 1 for value in found.rank_correlation.values())
+    assert 0.7 < found.sign_agreement <= 1
+    told = dict(lines(found, ["brightness", "contrast"]))
+    assert told["log_prob, rollout to update"] == "exactly 0"
+    assert trainer.updates == 2 and not math.isnan(trainer.update()["loss"])
+    with pytest.raises(ConfigurationError, match="rollout.precision is None"):
+        measure(make(precision=None))
