@@ -25,7 +25,7 @@ from pathlib import Path
 from . import __version__
 
 USAGE = """\
-usage: g2rpo doctor
+usage: g2rpo doctor [--fp8 [PRESET|FILE.yaml --group.key value ...]]
 
 Says what this machine has, which backends the ops run on and why, and what is missing for which
 feature, with the command that gets it. Exit code 0 when the ops can run."""

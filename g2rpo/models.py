@@ -90,6 +90,7 @@ def load_model(
 def _load_digits(config: Config, on_step: Callable[[int, int, float], None] | None) -> DigitsModel:
     for key, value, default in (
         ("model.transformer", config.model.transformer, None),
+        ("model.attention", config.model.attention, "auto"),
         ("data.embeddings", config.data.embeddings, None),
         ("data.max_sequence_length", config.data.max_sequence_length, 512),
         ("rollout.height", config.rollout.height, None),

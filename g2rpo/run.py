@@ -17,7 +17,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import Config
 from .errors import ConfigurationError, TrainingError
 from .grids import sample_path, write_grid
+from .lock import alone
 from .metrics import MetricsLog, closing_line, write_beside
 from .models import be_deterministic, choose_device, load_model
 from .report import write_report
@@ -116,18 +116,9 @@ def resume(config: Config, run_dir: Path) -> int:
         return _Run(config, run_dir).train()
 
 
-@contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
-    """Two processes in one run directory would overwrite each other's files. A lock of the
-    system's, which a killed process does not leave behind."""
-    try:
-        held = FileLock(run_dir / ".lock").acquire(blocking=False)
-    except Timeout as error:
-        raise ConfigurationError(
-            f"another process is training in {run_dir}; expected it to end first"
-        ) from error
-    with held:
-        yield
+def _alone(run_dir: Path) -> AbstractContextManager[None]:
+    """Two processes in one run directory would overwrite each other's files."""
+    return alone(run_dir, f"another process is training in {run_dir}; expected it to end first")
 
 
 def write_config(config: Config, run_dir: Path) -> None:

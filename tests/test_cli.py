@@ -153,6 +153,9 @@ MISTAKES = {
     "tracker": (["digits", "--train.tracker", "x"], ["train.tracker", "tensorboard"]),
     "height of digits": (["digits", "--rollout.height", 64], ["rollout.height is 64", "digits"]),
     "weights for digits": (["digits", "--model.transformer", "a"], ["transformer is 'a'", "None"]),
+    "attention of digits": (
+        ["digits", "--model.attention", "math"], ["model.attention is 'math'; expected 'auto'"],
+    ),
     "lora targets": (
         ["digits", "--model.lora.rank", 4, "--model.lora.targets", "[nothing]"],
         ["model.lora.targets is ['nothing']", "linear"],

@@ -245,3 +245,19 @@ def test_the_gate():
     assert trainer.updates == 2 and not math.isnan(trainer.update()["loss"])
     with pytest.raises(ConfigurationError, match="rollout.precision is None"):
         measure(make(precision=None))
+
+
+def test_the_command_of_the_gate(tmp_path, monkeypatch, capsys):
+    from g2rpo import cli, models
+
+    monkeypatch.setattr(models, "load_model", lambda config, **_: TinyModel())
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "rollout: {steps: 6, sde_positions: [0, 1], group_size: 4, branch_batch: 8}\n"
+        "rewards: [{name: 'tiny:brightness'}]\n"
+    )
+    assert cli.main(["doctor", "--fp8", str(path)]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "emulated, for want of hardware" in out and "over 3 updates" in out
+    assert "rank agreement of brightness" in out and "rollout to update exactly 0" in out
+    assert cli.main(["doctor", "--fp8", str(path), "--objective.stepping", "per_position"]) == 2

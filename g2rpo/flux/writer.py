@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors.torch import save
 
 from ..errors import ConfigurationError, TrainingError
+from ..lock import alone
 from ..metrics import count, size, write_beside
 from ..policy import Conditions
 from .store import FORMAT, INDEX, NAMES, SHARD, EmbeddingStore, Maker, Shard, made_of, read_index
@@ -35,26 +36,17 @@ def writing(folder: str | Path, maker: Maker, path: str) -> Iterator[StoreWriter
     Raises ConfigurationError when another process writes there, when others' files lie there, or
     when the embeddings there were made otherwise.
     """
-    from filelock import FileLock, Timeout  # wanted only here
-
     folder = Path(folder).expanduser()
     at = f"data.embeddings is {str(folder)!r}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ConfigurationError(
-            f"{at}, where another `g2rpo embed` is writing; expected one at a time"
-        ) from error
-    except (OSError, NotImplementedError) as error:  # the latter: older filelocks, without flock
+        (folder / ".lock").touch()
+    except OSError as error:
         raise ConfigurationError(
             f"{at}; expected a folder that can be made and written: {error}"
         ) from error
-    try:
+    with alone(folder, f"{at}, where another `g2rpo embed` is writing; expected one at a time"):
         yield _start(folder, maker, path)
-    finally:
-        lock.release()
 
 
 def _start(folder: Path, maker: Maker, path: str) -> StoreWriter:
