@@ -24,7 +24,11 @@ from g2rpo_kernels.flux import blocks_of, is_fused
 
 EAGER, COMPILED = "diffusers, bf16", "diffusers + torch.compile, bf16"
 FUSED, FUSED_COMPILED = "ours, bf16", "ours + torch.compile, bf16"
-FP8, TORCHAO = "ours, FP8", "torchao FP8 + torch.compile"
+# As completions run: through FluxRollout, on a GPU replayed from a CUDA graph.
+ROLLOUT, FP8 = "ours, rollout, bf16", "ours, rollout, FP8"
+TORCHAO = "torchao FP8 + torch.compile"
+# Eager first, what is fused together: fewer moves of the weights.
+WAYS = (EAGER, COMPILED, FUSED_COMPILED, FUSED, ROLLOUT, FP8)
 TOLERANCE = {FP8: 0.3, TORCHAO: 0.3}  # of the velocity, relative in norm: the same computation?
 BF16_TOLERANCE = 0.1
 COMPILE_SECONDS = {"flux": 120.0, "toy": 18.0}  # so that the toy's whole run stays below a minute
@@ -97,7 +101,7 @@ class Forward:
     @contextmanager
     def state(self, name: str) -> Iterator[None]:
         """The model as this way has it."""
-        blocks, fused = blocks_of(self.model), name in (FUSED, FUSED_COMPILED, FP8)
+        blocks, fused = blocks_of(self.model), name not in (EAGER, COMPILED, TORCHAO)
         if is_fused(blocks[0]) is not fused:
             (gk.fuse_flux if fused else gk.unfuse_flux)(self.model)
         if name in (COMPILED, FUSED_COMPILED, TORCHAO):
@@ -115,11 +119,36 @@ class Forward:
                 block._compiled_call_impl = None
 
     def variant(self, name: str, given: dict) -> Variant:
+        if name in (ROLLOUT, FP8):
+            return self.rollout_variant(name, given)
+
         @torch.no_grad()
         def run(i: int) -> Tensor:
             return self.model(**given)[0]
 
         return Variant(name, run, lambda: self.state(name), capturable=False)
+
+    def rollout_variant(self, name: str, given: dict) -> Variant:
+        sigmas, index = torch.unique(given["timestep"], return_inverse=True)
+        prompts = torch.arange(len(index), device=index.device)
+        rollouts: list[gk.FluxRollout] = []  # the one in force
+
+        def run(i: int) -> Tensor:
+            return rollouts[0](given["hidden_states"], prompts, index)
+
+        @contextmanager
+        def context() -> Iterator[None]:
+            with self.state(name):
+                mode = "graph" if self.device == "cuda" else "eager"
+                guidance = float(given["guidance"][0])
+                rollouts[:] = [gk.FluxRollout(self.model, given["img_ids"], guidance, mode)]
+                known = given["encoder_hidden_states"], given["pooled_projections"]
+                with rollouts[0].of(sigmas, *known):
+                    if mode == "graph":
+                        run(0), run(0)  # the second is captured
+                    yield
+
+        return Variant(name, run, context, capturable=False)
 
     def synchronize(self) -> None:
         if self.device == "cuda":
@@ -130,14 +159,17 @@ class Forward:
         compiling = variant.name in (COMPILED, FUSED_COMPILED, TORCHAO)
         seconds = self.options.compile_seconds or COMPILE_SECONDS[self.size.name]
         limit = at_most(seconds) if compiling else nullcontext()
-        began = time.perf_counter()
+        began, held = time.perf_counter(), None
+        if self.device == "cuda" and variant.name in (ROLLOUT, FP8):
+            held = torch.cuda.memory_allocated()  # a graph holds its memory from its capture on
+            torch.cuda.reset_peak_memory_stats()
         try:
             with variant.context():
                 with limit:
                     out = variant.run(0)
                 self.synchronize()
                 first = time.perf_counter() - began
-                peak = self.peak(variant)
+                peak = self.peak(variant, held)
         except (Exception, Late) as error:  # whatever it is, it becomes this variant's row
             row["errors"][variant.name] = f"{type(error).__name__}: {first_line(error)}"
             self.synchronize()  # raises if the error has left the GPU unusable
@@ -153,13 +185,17 @@ class Forward:
         }  # fmt: skip
         return out
 
-    def peak(self, variant: Variant) -> int | None:
-        """The weights, in FP8 their copies too, and what one forward adds at its highest."""
+    def peak(self, variant: Variant, held: int | None) -> int | None:
+        """The weights, in FP8 their copies too, and what one forward adds at its highest.
+
+        held: bytes allocated before the variant's context, where that is to be counted with it.
+        """
         if self.device != "cuda":
             return None
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+        before = held
+        if before is None:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
         variant.run(0)
         torch.cuda.synchronize()
         weights = self.weights
@@ -180,8 +216,7 @@ class Forward:
         self.forget()
         given = transformer_inputs(self.size, batch, self.device)
         row: dict = {"variants": {}, "errors": {}}
-        # Eager first, what is fused together: fewer moves of the weights.
-        names = [EAGER, COMPILED, FUSED_COMPILED, FUSED, FP8]
+        names = list(WAYS)
         if self.fp8 is None:
             row["errors"][FP8] = self.why_no_fp8
             names.remove(FP8)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor
 
 import g2rpo_kernels as gk
 
-from .policy import Conditions, FluxPolicy
 from .schedule import CompletionNode, completion_tree
 
 
@@ -158,18 +156,16 @@ def _batch(
 
 
 def complete(
-    policy: FluxPolicy,
+    predict: Callable[[Tensor, CompletionBatch], Tensor],
     plan: CompletionPlan,
     latents: Tensor,  # [B, G, K, *S] the branches
     anchors: Tensor,  # [B, *S] the anchors past their last SDE position
-    conditions: Conditions,  # B rows
     on_batch: Callable[[int], None] | None = None,
-    modulations: gk.ModulationTable | None = None,
 ) -> tuple[Tensor, Tensor]:  # [J, B * G, K, *S], [B, *S]
     """Finish every branch at every granularity, and the anchors: x0-predictions, float32.
 
-    on_batch: called with the number of real rows after each batch. modulations: of all sigmas of
-    the schedule and of these prompts, for a fused transformer.
+    predict(latents [batch, *S], batch): their velocities; see `engine`. on_batch: called with the
+    number of real rows after each batch. Nothing here waits for a GPU.
     """
     prompts, group_size, positions, *shape = latents.shape
     if (prompts, prompts * group_size * positions) != (plan.prompts, plan.branches):
@@ -182,11 +178,7 @@ def complete(
     pool[plan.branches : plan.branches + prompts] = anchors
     for batch in plan.batches:
         rows = pool.index_select(0, batch.slots)
-        known: AbstractContextManager[None] = nullcontext()
-        if modulations is not None:
-            known = modulations.rows(batch.prompts * modulations.sigmas + batch.sigma_index)
-        with known:
-            velocity = policy.predict(rows, batch.sigmas, conditions[batch.prompts])
+        velocity = predict(rows, batch)
         following = gk.ode_step(
             velocity.index_select(0, batch.step_rows), rows.index_select(0, batch.step_rows),
             batch.step_sigmas, batch.step_sigmas_next,

@@ -122,6 +122,9 @@ class RolloutConfig:
     precision: Literal["fp8"] | None = None
     """Of the completions' forwards: fp8 (needs model.fuse) for their token linears; null: as the
     update's. Anchors, and with them the importance ratios, never see it."""
+    engine: Literal["auto", "eager", "graph", "compile"] = "auto"
+    """How the completions' forwards run, for model.fuse: graph replays a CUDA graph, compile goes
+    through torch.compile; auto: graph on a GPU, and eager on a CPU and without model.fuse."""
     branch_batch: int = 16
     """Rows of one transformer forward; completions are packed into batches of exactly this size."""
 
@@ -282,6 +285,11 @@ class Config:
         _expect(
             "rollout.precision", self.rollout.precision,
             self.rollout.precision is None or self.model.fuse, "null, or model.fuse true with it",
+        )  # fmt: skip
+        _expect(
+            "rollout.engine", self.rollout.engine,
+            self.rollout.engine in ("auto", "eager") or self.model.fuse,
+            "'auto' or 'eager', or model.fuse true with it",
         )  # fmt: skip
         for group in (self.model.lora, self.data, self.rollout, self.objective):
             group.validate()

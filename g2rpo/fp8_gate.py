@@ -50,7 +50,7 @@ def measure(trainer: Trainer, updates: int = 1) -> Agreement:
         raise ConfigurationError(
             f"rollout.precision is {config.rollout.precision!r}; expected 'fp8', to compare it"
         )
-    fp8, weights = trainer.completion_precision, [r.weight for r in trainer.trained]
+    fp8, weights = trainer.engine.precision, [r.weight for r in trainer.trained]
     errors: dict[float, list[Tensor]] = {}
     ranks: dict[str, list[Tensor]] = {reward.name: [] for reward in trainer.trained}
     signs, differences, not_finite = [], [], 0
@@ -61,14 +61,14 @@ def measure(trainer: Trainer, updates: int = 1) -> Agreement:
         conditions = trainer.model.embed(prompts)
         found = {}
         for name, precision in (("fp8", fp8), ("plain", nullcontext())):
-            trainer.completion_precision = precision
+            trainer.engine.precision = precision
             chunks, finished, anchors = trainer.roll_out(number, ids, conditions)
             rewards, _ = score_rollout(
                 trainer.model, finished, anchors, prompts, trainer.trained, trainer.branch_batch
             )
             advantages = integrate_advantages(rewards, config.rollout.group_size, weights)
             found[name] = finished, rewards, advantages.values
-        trainer.completion_precision = fp8
+        trainer.engine.precision = fp8
         bad = [~found[name][0].isfinite().flatten(3).all(3) for name in ("fp8", "plain")]
         not_finite += int((bad[0] & ~bad[1]).sum())
         for reward, a, b in zip(trainer.trained, found["fp8"][1], found["plain"][1], strict=True):
@@ -150,7 +150,7 @@ def main(arguments: Sequence[str]) -> int:
             "which log-probabilities must not move at all"
         )
     trainer = Trainer(config, load_model(config), make_rewards(config), on_message=print)
-    emulated = trainer.completion_precision.emulate
+    emulated = trainer.engine.precision.emulate
     agreement = measure(trainer, UPDATES)
     hardware = "emulated, for want of hardware" if emulated else "by the hardware"
     show(

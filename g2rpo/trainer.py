@@ -28,13 +28,14 @@ import g2rpo_kernels as gk
 from .completions import complete, plan_completions
 from .config import Config
 from .data import PromptSampler
+from .engine import CompletionEngine
 from .errors import ConfigurationError
 from .evaluation import evaluate_policy, row_slices, score_rollout
 from .improve import Improver
 from .memory import peak_memory_bytes, refuse, within_memory
 from .objective import integrate_advantages, summarise_losses
 from .phases import Phases
-from .policy import Conditions, Model, fp8_rollout
+from .policy import Conditions, Model
 from .rewards import Reward
 from .rollout import Branches, branch_out, broken_prompts
 from .schedule import evaluations_per_prompt, noise_schedule
@@ -97,10 +98,9 @@ class Trainer:
         self.weights = make_weights(
             self.policy.transformer, config.model.lora, train.seed, bool(config.objective.kl)
         )
-        # Within it the completions' forwards are made, and no others.
-        self.completion_precision: Any = nullcontext()
-        if rollout.precision == "fp8":
-            self.completion_precision = fp8_rollout(self.policy.transformer, device)
+        self.engine = CompletionEngine(
+            config, self.policy, self.sigmas, lambda text: self.on_message(text)
+        )
         self.average = None
         if train.ema is not None:
             self.average = MovingAverage(self.weights.parameters, train.ema)
@@ -182,7 +182,7 @@ class Trainer:
             setattr(self, name, state[name])
         if hasattr(self.model, "load_state_dict"):
             self.model.load_state_dict(state["model"])
-        self._refresh()
+        self.engine.refresh()
         self._plan_completions()
 
     # The parts of an update ---------------------------------------------------------------------
@@ -244,18 +244,10 @@ class Trainer:
                     self.positions, self.coefficients, seeds, self._progress,
                 )  # fmt: skip
                 chunks.append((rows, branches))
-        with self.phases("completions"), self.completion_precision:
+        with self.phases("completions"), self.engine.of(conditions) as predict:
             x_next = torch.cat([branches.x_next for _, branches in chunks])
             anchors = torch.cat([branches.anchors for _, branches in chunks])
-            modulations = None
-            if self.config.model.fuse:
-                modulations = gk.ModulationTable(
-                    self.policy.transformer, self.sigmas, conditions.pooled_embeds,
-                    self.policy.guidance,
-                )  # fmt: skip
-            finished, anchors = complete(
-                self.policy, self.plan, x_next, anchors, conditions, self._progress, modulations
-            )
+            finished, anchors = complete(predict, self.plan, x_next, anchors, self._progress)
         return chunks, finished, anchors
 
     def _learn(
@@ -279,7 +271,7 @@ class Trainer:
             result = self.improver.improve(chunks, conditions, advantages.values)
             if result.moved:
                 self.skipped_in_a_row = 0
-                self._refresh()
+                self.engine.refresh()
                 if self.average is not None:
                     self.average.update()
             elif result.finite:
@@ -315,11 +307,6 @@ class Trainer:
                 self.model, prompts, self.rewards, self.sigmas, self.branch_batch
             )
         return {**row, "seconds/evaluation": self.phases.seconds["evaluation"]}, images, prompts
-
-    def _refresh(self) -> None:
-        """The completions' copies of the weights follow them."""
-        if isinstance(self.completion_precision, gk.Fp8Rollout):
-            self.completion_precision.refresh()
 
     # Memory and time ----------------------------------------------------------------------------
 

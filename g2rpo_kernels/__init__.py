@@ -15,12 +15,12 @@ from .adaln_modulate import adaln_modulate
 from .branch_log_prob import branch_log_prob
 from .dynamics import DYNAMICS, StepCoefficients, step_coefficients
 from .flux import fuse_flux, unfuse_flux
+from .flux_rollout import FluxRollout
 from .fp8_linear import Fp8Support, fp8_linear, fp8_support
 from .fp8_rollout import Fp8Rollout
 from .gated_residual import gated_residual, gated_residual_modulate
 from .gelu_tanh import gelu_tanh, gelu_tanh_beside
 from .group_advantages import group_advantages
-from .modulation_table import ModulationTable
 from .normal import normal
 from .ode_step import ode_step
 from .policy_loss import PolicyLoss, policy_loss
@@ -34,10 +34,10 @@ load_backends()
 __all__ = [
     "DYNAMICS",
     "BackendStatus",
+    "FluxRollout",
     "Fp8Rollout",
     "Fp8Support",
     "Fp8Tensor",
-    "ModulationTable",
     "PolicyLoss",
     "StepCoefficients",
     "adaln_modulate",

@@ -6,7 +6,6 @@ Both compute what diffusers' do, rounding once where those round several times. 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ def double_forward(
     self: nn.Module,
     hidden_states: Tensor,  # [B, Li, D]
     encoder_hidden_states: Tensor,  # [B, Lt, D]
-    temb: Tensor,  # [B, D]
+    temb: Tensor | tuple[Tensor, ...],  # [B, D]; see `modulations`
     image_rotary_emb: tuple[Tensor, Tensor],  # cos, sin [Lt + Li, Dh]
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:  # text [B, Lt, D], image [B, Li, D]
@@ -34,8 +33,9 @@ def double_forward(
     if (fp8 := self.__dict__.get("fp8")) is not None:
         return fp8(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb)
     attn = self.attn
-    shift, scale, gate, shift2, scale2, gate2 = modulation(self.norm1, temb, 6)
-    t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = modulation(self.norm1_context, temb, 6)
+    of_image, of_text = modulations(self, temb)
+    shift, scale, gate, shift2, scale2, gate2 = of_image
+    t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = of_text
     image, text = joint_linears(self)
     qkv = joint_linear(adaln_modulate(hidden_states, shift, scale, eps=EPS), image)
     text_qkv = joint_linear(adaln_modulate(encoder_hidden_states, t_shift, t_scale, eps=EPS), text)
@@ -56,23 +56,35 @@ def double_forward(
 def single_forward(
     self: nn.Module,
     hidden_states: Tensor,  # [B, Li, D]
-    encoder_hidden_states: Tensor,  # [B, Lt, D]
-    temb: Tensor,  # [B, D]
+    encoder_hidden_states: Tensor | None,  # [B, Lt, D]; None: hidden_states has text and image
+    temb: Tensor | tuple[Tensor, ...],  # [B, D]; see `modulations`
     image_rotary_emb: tuple[Tensor, Tensor],  # cos, sin [Lt + Li, Dh]
     joint_attention_kwargs: dict[str, Any] | None = None,
-) -> tuple[Tensor, Tensor]:  # text [B, Lt, D], image [B, Li, D]
+) -> tuple[Tensor, Tensor] | Tensor:  # text [B, Lt, D], image [B, Li, D]; joint where it was
     _refuse(joint_attention_kwargs)
-    if (fp8 := self.__dict__.get("fp8")) is not None:
-        return fp8(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb)
-    text_length, width = encoder_hidden_states.shape[1], hidden_states.shape[2]
-    joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    shift, scale, gate = modulation(self.norm, temb, 3)
+    joint = hidden_states
+    if encoder_hidden_states is not None:
+        joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    joint_forward = self.__dict__.get("fp8") or _joint_forward
+    joint = joint_forward(self, joint, temb, image_rotary_emb)
+    if encoder_hidden_states is None:
+        return joint
+    length = encoder_hidden_states.shape[1]
+    return joint[:, :length], joint[:, length:]
+
+
+def _joint_forward(
+    self: nn.Module,
+    joint: Tensor,  # [B, L, D]
+    temb: Tensor | tuple[Tensor, ...],
+    rotary: tuple[Tensor, Tensor],
+) -> Tensor:  # [B, L, D]
+    width = joint.shape[2]
+    ((shift, scale, gate),) = modulations(self, temb)
     projected = joint_linear(adaln_modulate(joint, shift, scale, eps=EPS), joint_linears(self)[0])
     qkv, mlp = projected.split([3 * width, projected.shape[2] - 3 * width], dim=2)
-    out = attend(self.attn, qkv, image_rotary_emb)
-    joint = gated_residual(joint, self.proj_out(gelu_tanh_beside(out, mlp)), gate)
-    joint = in_range(joint)
-    return joint[:, :text_length], joint[:, text_length:]
+    out = attend(self.attn, qkv, rotary)
+    return in_range(gated_residual(joint, self.proj_out(gelu_tanh_beside(out, mlp)), gate))
 
 
 def _refuse(joint_attention_kwargs: dict[str, Any] | None) -> None:
@@ -83,15 +95,20 @@ def _refuse(joint_attention_kwargs: dict[str, Any] | None) -> None:
         )
 
 
-def modulation(norm: nn.Module, temb: Tensor, parts: int) -> Sequence[Tensor]:
-    """Shifts, scales and gates of diffusers' AdaLayerNormZero(Single), [B, D] each.
+def modulations(
+    block: nn.Module, temb: Tensor | tuple[Tensor, ...]
+) -> list[tuple[Tensor, ...]]:  # a norm each: its shifts, scales and gates, [B, D] each
+    """What the block's AdaLayerNormZero(Single) make of temb [B, D], or in its place of what their
+    linears have already made of it, [B, 6 * D] or [B, 3 * D] a norm: see `FluxRollout`."""
+    parts = 6 if is_double(block) else 3
+    if not isinstance(temb, tuple):
+        embedding = F.silu(temb)
+        temb = tuple(norm.linear(embedding) for norm in norms_of(block))
+    return [made.chunk(parts, dim=1) for made in temb]
 
-    Of a `ModulationTable` where one is in force, which has them already.
-    """
-    if (precomputed := norm.__dict__.get("table")) is not None:
-        table, index = precomputed
-        return table.index_select(0, index).chunk(parts, dim=1)
-    return norm.linear(F.silu(temb)).chunk(parts, dim=1)
+
+def norms_of(block: nn.Module) -> list[nn.Module]:
+    return [block.norm1, block.norm1_context] if is_double(block) else [block.norm]
 
 
 def attend(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .adaln_modulate import adaln_modulate
 from .flux import blocks_of, is_fused
-from .flux_blocks import EPS, attend, in_range, is_double, modulation
+from .flux_blocks import EPS, attend, in_range, is_double, modulations
 from .fp8_linear import fp8_linear, fp8_support
 from .gated_residual import gated_residual, gated_residual_modulate
 from .gelu_tanh import gelu_tanh, gelu_tanh_beside
@@ -97,7 +97,7 @@ class Fp8Rollout:
         for block, copies in self._copies:
             if block.__dict__.get("fp8") is not None:
                 raise RuntimeError("transformer runs in FP8 already; expected to enter once")
-            forward = double_forward_fp8 if is_double(block) else single_forward_fp8
+            forward = double_forward_fp8 if is_double(block) else joint_forward_fp8
             # past nn.Module: this is nothing of its state
             block.__dict__["fp8"] = functools.partial(forward, copies, self.emulate)
         return self
@@ -150,7 +150,7 @@ def double_forward_fp8(
     block: nn.Module,
     hidden_states: Tensor,  # [B, Li, D]
     encoder_hidden_states: Tensor,  # [B, Lt, D]
-    temb: Tensor,  # [B, D]
+    temb: Tensor | tuple[Tensor, ...],
     rotary: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
     """`flux_blocks.double_forward` with every token linear in FP8."""
@@ -159,8 +159,9 @@ def double_forward_fp8(
     def linear(name: str, x: Fp8Tensor) -> Tensor:
         return copies[name](x, hidden_states.dtype, emulate)
 
-    shift, scale, gate, shift2, scale2, gate2 = modulation(block.norm1, temb, 6)
-    t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = modulation(block.norm1_context, temb, 6)
+    of_image, of_text = modulations(block, temb)
+    shift, scale, gate, shift2, scale2, gate2 = of_image
+    t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = of_text
     qkv = linear("qkv", adaln_modulate(hidden_states, shift, scale, eps=EPS, fp8=True))
     text = adaln_modulate(encoder_hidden_states, t_shift, t_scale, eps=EPS, fp8=True)
     text_qkv = linear("text_qkv", text)
@@ -184,27 +185,23 @@ def double_forward_fp8(
     return in_range(text_hidden), hidden
 
 
-def single_forward_fp8(
+def joint_forward_fp8(
     copies: dict[str, Fp8Weights],
     emulate: bool,
     block: nn.Module,
-    hidden_states: Tensor,  # [B, Li, D]
-    encoder_hidden_states: Tensor,  # [B, Lt, D]
-    temb: Tensor,  # [B, D]
+    joint: Tensor,  # [B, L, D]
+    temb: Tensor | tuple[Tensor, ...],
     rotary: tuple[Tensor, Tensor],
-) -> tuple[Tensor, Tensor]:
-    """`flux_blocks.single_forward` with every token linear in FP8."""
-    _refuse_gradients(hidden_states)
-    dtype = hidden_states.dtype
-    length, width = encoder_hidden_states.shape[1], hidden_states.shape[2]
-    joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
-    shift, scale, gate = modulation(block.norm, temb, 3)
+) -> Tensor:  # [B, L, D]
+    """A single block's forward, text and image together, with every token linear in FP8."""
+    _refuse_gradients(joint)
+    dtype, width = joint.dtype, joint.shape[2]
+    ((shift, scale, gate),) = modulations(block, temb)
     x = adaln_modulate(joint, shift, scale, eps=EPS, fp8=True)
     projected = copies["qkv_mlp"](x, dtype, emulate)
     qkv, mlp = projected.split([3 * width, projected.shape[2] - 3 * width], dim=2)
     out = gelu_tanh_beside(attend(block.attn, qkv, rotary), mlp, fp8=True)
-    joint = in_range(gated_residual(joint, copies["out"](out, dtype, emulate), gate))
-    return joint[:, :length], joint[:, length:]
+    return in_range(gated_residual(joint, copies["out"](out, dtype, emulate), gate))
 
 
 def _refuse_gradients(hidden_states: Tensor) -> None:

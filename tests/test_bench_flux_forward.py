@@ -19,7 +19,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import bench_flux_forward  # noqa: E402
 import flux_forward  # noqa: E402
-from flux_forward import COMPILED, EAGER, FP8, FUSED, FUSED_COMPILED, TORCHAO  # noqa: E402
+from flux_forward import COMPILED, EAGER, FP8, FUSED, FUSED_COMPILED, ROLLOUT, TORCHAO  # noqa: E402
 from flux_shapes import SIZES, new_transformer, transformer_inputs  # noqa: E402
 
 TOY = SIZES["toy"]
@@ -47,7 +47,7 @@ def forward(monkeypatch: pytest.MonkeyPatch) -> flux_forward.Forward:
 def test_each_way_runs_in_its_own_state(forward: flux_forward.Forward) -> None:
     given = transformer_inputs(TOY, 1, "cpu")
     seen = {}
-    for name in (EAGER, COMPILED, FUSED_COMPILED, FUSED, FP8, COMPILED):
+    for name in (*flux_forward.WAYS, COMPILED):
         forward.calls.clear()
         variant = forward.variant(name, given)
         with variant.context():
@@ -58,7 +58,8 @@ def test_each_way_runs_in_its_own_state(forward: flux_forward.Forward) -> None:
             assert quantised is (name == FP8) and fused is name.startswith("ours")
     assert torch.equal(seen[EAGER][2], seen[COMPILED][2])
     assert torch.equal(seen[FUSED][2], seen[FUSED_COMPILED][2])
-    assert not torch.equal(seen[FUSED][2], seen[FP8][2])
+    assert flux_forward.apart(seen[ROLLOUT][2], seen[FUSED][2]) < 0.02
+    assert not torch.equal(seen[ROLLOUT][2], seen[FP8][2])
 
 
 def test_a_batch_is_timed_and_torchao_after_it(
@@ -102,7 +103,7 @@ def test_what_fails_is_slow_or_wrong_is_not_timed(
     monkeypatch.setattr(forward, "variant", lambda name, given: replace(
         variant(name, given), **({"run": broken[name]} if name in broken else {})))  # fmt: skip
     row = forward.measure(1, lambda text: None)
-    assert list(row["variants"]) == [EAGER, FUSED_COMPILED]
+    assert list(row["variants"]) == [EAGER, FUSED_COMPILED, ROLLOUT]
     assert row["errors"] == {
         COMPILED: "Late: not compiled within 0.2 s",
         FUSED: "ZeroDivisionError: integer division or modulo by zero",
@@ -119,8 +120,9 @@ def test_peak_memory_is_the_weights_and_what_a_forward_adds(
         monkeypatch.setattr(torch.cuda, name, lambda name=name: memory.get(name))
     forward.device = "cuda"
     plain = SimpleNamespace(name=EAGER, run=lambda i: None)
-    assert forward.peak(plain) == forward.weights + 700
+    assert forward.peak(plain, None) == forward.weights + 700
     plain.name = FP8
-    assert forward.peak(plain) == forward.weights + forward.fp8.nbytes + 700
+    assert forward.peak(plain, None) == forward.weights + forward.fp8.nbytes + 700
+    assert forward.peak(plain, 200) == forward.weights + forward.fp8.nbytes + 1500  # a graph's
     plain.name = TORCHAO
-    assert forward.peak(plain) == 1700
+    assert forward.peak(plain, None) == 1700

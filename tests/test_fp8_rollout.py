@@ -1,4 +1,4 @@
-"""FP8 completions and precomputed modulations: what they change, and what must never see them."""
+"""FP8 completions: what they change, and what must never see them."""
 
 import copy
 import math
@@ -116,8 +116,6 @@ def test_adapters_are_merged_into_the_copies():
 def test_what_is_refused():
     with pytest.raises(ValueError, match="is not fused"):
         gk.Fp8Rollout(new_flux(), emulate=True)
-    with pytest.raises(ValueError, match="is not fused"):
-        gk.ModulationTable(new_flux(), torch.ones(1), torch.ones(1, 32), 3.5)
     with pytest.raises(RuntimeError, match="cpu cannot multiply FP8 .* emulate=True"):
         gk.Fp8Rollout(gk.fuse_flux(new_flux()))
     model = new_flux()
@@ -141,34 +139,6 @@ def test_what_is_not_finite_shows():
         after = plain_forward(model, given)
     assert after[1].isnan().all()
     assert torch.equal(after[[0, 2]], before[[0, 2]])
-
-
-# Modulations ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("guidance", [3.5, None])
-def test_precomputed_modulations(guidance):
-    model = gk.fuse_flux(new_flux({**TINY, "guidance_embeds": guidance is not None}))
-    given = inputs(model, batch=4)
-    sigmas = torch.tensor([1.0, 0.7, 0.2])
-    pooled = torch.randn(2, 32)
-    index = torch.tensor([4, 0, 2, 5])  # prompt * 3 + sigma
-    given["timestep"], given["pooled_projections"] = sigmas[index % 3], pooled[index // 3]
-    given["guidance"] = None if guidance is None else torch.full((4,), guidance)
-    plain = plain_forward(model, given)
-    table = gk.ModulationTable(model, sigmas, pooled, guidance)
-    calls = []
-    for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
-        norm = getattr(block, "norm1", None) or block.norm
-        norm.linear.register_forward_hook(lambda *_: calls.append(1))
-    with table.rows(index):
-        known = plain_forward(model, given)
-    assert not calls and error(known, plain) < 1e-5
-    with table.rows(index.flip(0)):
-        assert error(plain_forward(model, given), plain) > 1e-3
-    assert torch.equal(plain_forward(model, given), plain) and calls
-    doubles, singles = len(model.transformer_blocks), len(model.single_transformer_blocks)
-    assert table.nbytes == 6 * 64 * (12 * doubles + 3 * singles) * 4
 
 
 # In the trainer ---------------------------------------------------------------------------------
@@ -204,7 +174,7 @@ def test_ratio_is_exactly_one_and_fp8_is_used():
 
 def test_copies_follow_every_update_and_every_resume():
     trainer = make()
-    copies = trainer.completion_precision._copies[0][1]["qkv"]
+    copies = trainer.engine.precision._copies[0][1]["qkv"]
 
     def follows():
         attention = trainer.policy.transformer.transformer_blocks[0].attn

@@ -8,6 +8,7 @@ from tiny import TinyModel, brightness, tiny_config
 
 import g2rpo_kernels as gk
 from g2rpo.completions import complete, plan_completions
+from g2rpo.engine import plain_forward
 from g2rpo.rewards import Reward
 from g2rpo.rollout import branch_out, run_ode
 from g2rpo.schedule import noise_schedule
@@ -34,8 +35,9 @@ def roll_out(model, prompt_ids, positions=POSITIONS, group_size=G, update=1):
 def finish(model, branches, conditions, granularities, batch_size, positions=POSITIONS):
     prompts, group_size = branches.x_next.shape[:2]
     plan = plan_completions(SIGMAS, positions, granularities, prompts, group_size, batch_size)
+    predict = plain_forward(model.policy, conditions)
     with torch.no_grad():
-        images, _ = complete(model.policy, plan, branches.x_next, branches.anchors, conditions)
+        images, _ = complete(predict, plan, branches.x_next, branches.anchors)
         return plan, images
 
 
@@ -158,8 +160,9 @@ def test_branches_leave_the_anchor():
     assert len(run) == T and torch.equal(run[0][1], noise)
     assert torch.equal(branches.anchors, run[5][3])
     plan = plan_completions(SIGMAS, [0, 5], [2], 2, 3, batch_size=2)
+    predict = plain_forward(model.policy, conditions)
     with torch.no_grad():
-        _, anchors = complete(model.policy, plan, branches.x_next, branches.anchors, conditions)
+        _, anchors = complete(predict, plan, branches.x_next, branches.anchors)
     assert (anchors - run[-1][3]).abs().max() <= 1e-5
     for index, k in enumerate((0, 5)):
         _, x, v, _ = run[k]
@@ -200,8 +203,9 @@ def test_plan_refuses():
     model = TinyModel()
     branches, conditions = roll_out(model, [0, 1], group_size=2)
     plan = plan_completions(SIGMAS, POSITIONS, [1], 1, 2, 4)
+    predict = plain_forward(model.policy, conditions)
     with pytest.raises(ValueError, match="2 x 2 x 8 branches; the plan expects 16 of 1 prompts"):
-        complete(model.policy, plan, branches.x_next, branches.anchors, conditions)
+        complete(predict, plan, branches.x_next, branches.anchors)
 
 
 def test_guidance_and_sigma_per_row():

@@ -1,0 +1,90 @@
+"""How the completions' forwards are made: in what precision, and by which way.
+
+99 % of an update's work is these forwards, and no log-probability depends on them. A fused
+transformer runs them through `gk.FluxRollout`, which computes once what their rows share, in one
+static shape that a CUDA graph can replay; another runs them as everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import g2rpo_kernels as gk
+
+from .completions import CompletionBatch
+from .config import Config
+from .errors import ConfigurationError
+from .policy import Conditions, FluxPolicy, fp8_rollout
+
+Predict = Callable[[Tensor, CompletionBatch], Tensor]  # latents [batch, *S] -> velocities
+
+
+def plain_forward(policy: FluxPolicy, conditions: Conditions) -> Predict:
+    """The forward that anchors and updates make."""
+    return lambda latents, batch: policy.predict(latents, batch.sigmas, conditions[batch.prompts])
+
+
+class CompletionEngine:
+    """Makes the completions' forwards of one policy, and no others.
+
+    policy: with the weights and adapters that are trained. sigmas: of the schedule, what
+    `CompletionBatch.sigma_index` counts. on_message(text): what a person should know.
+
+    precision: a context manager within which the forwards are made.
+
+    Raises ConfigurationError for a precision or engine that this device cannot do.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: FluxPolicy,
+        sigmas: Tensor,  # float32 [T + 1] on the policy's device
+        on_message: Callable[[str], None],
+    ) -> None:
+        self.policy, self.sigmas = policy, sigmas
+        self.precision: AbstractContextManager[Any] = nullcontext()
+        if config.rollout.precision == "fp8":
+            self.precision = fp8_rollout(policy.transformer, policy.device)
+        self._rollout: gk.FluxRollout | None = None
+        if config.model.fuse:
+            mode = _mode(config.rollout.engine, policy.device)
+            self._rollout = gk.FluxRollout(
+                policy.transformer, policy.image_ids, policy.guidance, mode,
+                lambda why: on_message(
+                    f"The completions' forward cannot be captured in a CUDA graph ({why}): it runs "
+                    "without from here on; rollout.engine 'eager' does not try"
+                ),
+            )  # fmt: skip
+
+    @contextmanager
+    def of(self, conditions: Conditions) -> Iterator[Predict]:
+        """Within the block, what it gives predicts velocities under these conditions, with the
+        weights of now."""
+        with self.precision:
+            if (rollout := self._rollout) is None:
+                yield plain_forward(self.policy, conditions)
+            else:
+                with rollout.of(self.sigmas, conditions.prompt_embeds, conditions.pooled_embeds):
+                    yield lambda latents, batch: rollout(latents, batch.prompts, batch.sigma_index)
+
+    def refresh(self) -> None:
+        """The FP8 copies of the weights, where there are any, follow them."""
+        if isinstance(self.precision, gk.Fp8Rollout):
+            self.precision.refresh()
+
+
+def _mode(engine: str, device: torch.device) -> str:
+    if engine == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    if engine == "graph" and device.type != "cuda":
+        raise ConfigurationError(
+            f"rollout.engine is 'graph' and model.device {str(device)!r}; expected a CUDA GPU, or "
+            "'auto', 'eager' or 'compile'"
+        )
+    return engine
