@@ -26,14 +26,16 @@ for part in json.load(open("g2rpo_kernels/_build.json"))["left_out"]]
 # Python writes the bytecode of what it imports, if the user's shell does not forbid it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow bench gpu-check dist constraints clean
+.PHONY: help demo test test-slow bench bench-flux gpu-check dist constraints clean
 
 help:
 	@echo "make demo         train the digits model with G2RPO (ARGS='--key value' are passed on)"
 	@echo "make test         run the tests (ARGS='-k name' are passed to pytest, WORKERS=$(WORKERS))"
 	@echo "make test-slow    run the tests that take minutes: twenty kills, the FLUX example"
 	@echo "make bench        measure the ops on this machine (ARGS are passed to benchmarks/run.py)"
-	@echo "make gpu-check    check the ops on a GPU with PYTHON=$(PYTHON) and the torch it has"
+	@echo "make bench-flux   measure FLUX's forward and its block ops on a GPU (ARGS='--size toy': anywhere)"
+	@echo "make gpu-check    test and measure on a GPU with PYTHON=$(PYTHON) and the torch it has"
+	@echo "                  (ARGS='--only PART', of build tests ops flux-forward flux-blocks)"
 	@echo "make dist         build the sdist and the wheel into dist/"
 	@echo "make constraints  resolve the pins of constraints.txt anew"
 	@echo "make clean        remove $(VENV) and everything built; training runs stay"
@@ -57,6 +59,11 @@ test-slow: $(TEST_STAMP)
 # Ends with a table; the numbers stay in benchmarks/results/.
 bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks/run.py $(ARGS)
+
+# Of the ARGS that both take. The second is measured whatever became of the first.
+bench-flux: $(TEST_STAMP)
+	$(BIN)/python benchmarks/bench_flux_forward.py $(ARGS); forward=$$?; \
+	    $(BIN)/python benchmarks/bench_blocks.py $(ARGS) && exit $$forward
 
 # Without the virtual environment: a machine with a GPU has its own build of torch.
 gpu-check:

@@ -15,22 +15,13 @@ import time
 
 import _paths  # noqa: F401
 import torch
-from flux_shapes import (
-    FluxStore,
-    add_arguments,
-    chosen,
-    decides,
-    heading,
-    not_timed,
-    table,
-    verdict,
-)
+from flux_results import BLOCKS, FluxStore, decides, heading, not_timed, verdict
+from flux_shapes import add_arguments, chosen
 from measure import EAGER, Settings, first_line
 from measure_blocks import COMPILED, cases_of, prepared
-from report import over, time_text, times_text
 from results import ResultsError
+from texts import number_text, over, table, time_text, times_text
 
-KIND = "flux-blocks"
 COPY_GOAL = 0.85  # of the copy bandwidth
 
 
@@ -52,8 +43,8 @@ def cells(row: dict) -> dict[str, str]:
         **{name: cell(name) for name in (EAGER, COMPILED)},
         "ours": cell(row["ours"]) if row["ours"] else "failed",
         **{f"× {name}": "–" if x is None else times_text(x) for name, x in faster.items()},
-        "MB": f"{row['bytes'] / 1e6:.3g}",
-        "GB/s": f"{mine['gb_per_second']:.3g}" if mine else "–",
+        "MB": number_text(row["bytes"] / 1e6),
+        "GB/s": number_text(mine["gb_per_second"]) if mine else "–",
         "of copy": f"{mine['copy_fraction']:.0%}".replace("%", " %") if mine else "–",
         "launches": f"{eager['launches']} → {mine['launches']}"
         if mine and eager and mine["launches"] else "–",
@@ -96,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not todo:
             raise ResultsError(f"--only {options.only!r} leaves no case")
-        store = FluxStore(KIND, size, device, options)
+        store = FluxStore(BLOCKS, size, device, options)
     except ResultsError as error:
         print(f"bench_blocks: error: {error}", file=sys.stderr)
         return 2

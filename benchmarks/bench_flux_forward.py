@@ -17,24 +17,13 @@ import time
 
 import _paths  # noqa: F401
 import torch
-from flux_forward import COMPILED, EAGER, FP8, FUSED, FUSED_COMPILED, TORCHAO, Forward, errors
-from flux_shapes import (
-    FluxStore,
-    add_arguments,
-    chosen,
-    decides,
-    flops,
-    heading,
-    new_transformer,
-    not_timed,
-    table,
-    verdict,
-)
+from flux_forward import EAGER, FP8, FUSED, TORCHAO, WAYS, Forward, errors
+from flux_results import FORWARD, FluxStore, decides, heading, not_timed, verdict
+from flux_shapes import add_arguments, chosen, flops, new_transformer
 from measure import first_line
-from report import time_text, times_text
 from results import ResultsError
+from texts import number_text, table, time_text, times_text
 
-KIND = "flux-forward"
 GOALS = {FUSED: 1.6, FP8: 2.3}  # times eager
 MODEL_NEEDS = "that holds 24 GB of weights, 9 GB of FP8 copies and the activations"
 
@@ -42,7 +31,7 @@ MODEL_NEEDS = "that holds 24 GB of weights, 9 GB of FP8 copies and the activatio
 def cells(row: dict) -> list[dict[str, str]]:
     """One line a way of computing one batch."""
     lines = []
-    for name in (EAGER, COMPILED, FUSED, FUSED_COMPILED, FP8, TORCHAO):
+    for name in (*WAYS, TORCHAO):
         entry = row["variants"].get(name)
         line = {"batch": str(row["batch"]), "way": name, "time": "–", "TFLOP/s": "–",
                 "× eager": "–", "peak memory": "–", "apart from eager": "–"}  # fmt: skip
@@ -51,7 +40,7 @@ def cells(row: dict) -> list[dict[str, str]]:
             apart = "" if entry["interleaved"] else " (other rounds)"
             line |= {
                 "time": time_text(entry["seconds"]),
-                "TFLOP/s": f"{entry['tflops']:.3g}",
+                "TFLOP/s": number_text(entry["tflops"]),
                 "× eager": times_text(speedup["median"]) + apart if speedup else "–",
                 "peak memory": f"{peak / 1e9:.1f} GB" if peak else "–",
                 "apart from eager": "–" if away is None else f"{away:.2g}",
@@ -116,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{time.perf_counter() - started:6.0f} s  {text}", flush=True)
 
     try:
-        store = FluxStore(KIND, size, device, options)
+        store = FluxStore(FORWARD, size, device, options)
     except ResultsError as error:
         print(f"bench_flux_forward: error: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""What bench_blocks.py and bench_flux_forward.py share: FLUX's sizes, the device, results files.
+"""What bench_blocks.py and bench_flux_forward.py share: FLUX's sizes, a model, the device.
 
 `flux` is FLUX.1-dev at 720 x 720, as the paper trains it; `toy` runs anywhere in seconds and says
 nothing about speed. Floating-point operations are counted by formula, in `flops`.
@@ -7,15 +7,12 @@ nothing about speed. Floating-point operations are counted by formula, in `flops
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import _paths  # noqa: F401
 import torch
-from report import machine_text
-from results import FOLDER, ResultsError, Store, machine, slug
 from torch import Tensor, nn
 
 from g2rpo import doctor
@@ -136,7 +133,7 @@ def flops(size: Size, batch: int) -> int:
     return batch * (2 * (token_linears + ends + modulations + embedders) + attention)
 
 
-# The command line, the file and the table of both benchmarks
+# The command line of both benchmarks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -160,88 +157,3 @@ def chosen(options: argparse.Namespace, program: str, needs: str) -> tuple[Size,
               file=sys.stderr)  # fmt: skip
         return None
     return SIZES[name], device
-
-
-class FluxStore(Store):
-    """A results file of another kind, `flux-blocks` or `flux-forward`; kept in memory without a
-    path."""
-
-    def __init__(self, kind: str, size: Size, device: str, options: argparse.Namespace) -> None:
-        path = options.output
-        if path is None and device == "cuda" and size.name == "flux":
-            path = FOLDER / f"{kind}-{slug(machine(device)['name'])}.json"
-        self.stored = path is not None
-        super().__init__(path or Path(f"{kind}.json"), device)
-        self.content |= {"kind": kind, "size": size.name}
-        self.content["versions"] |= {
-            name: doctor.probe(doctor.Package(name, "", "")).version or "missing"
-            for name in ("diffusers", "torchao")
-        }
-        if options.resume and self.stored and path.is_file():
-            fresh, self.content = self.content, load(path, kind)
-            for key in ("size", "device"):
-                if self.content[key] != fresh[key]:
-                    raise ResultsError(f"{path} is of {key} {self.content[key]!r}, "
-                                       f"not of {fresh[key]!r}")  # fmt: skip
-            self._close_running()
-            # What was cut short is taken up again, but for what has killed the process.
-            self.content["left_out"] = [
-                item for item in self.content["left_out"] if "ended" in item["why"]
-            ]
-
-    def save(self) -> None:
-        if self.stored:
-            super().save()
-
-
-KEYS = {"kind", "size", "device", "machine", "versions", "date", "commit", "cases", "left_out"}
-
-
-def load(path: Path, kind: str) -> dict:
-    """A whole results file of this kind, or `ResultsError`."""
-    try:
-        content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{path} is not JSON ({error}); measure again") from error
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise ResultsError(f"{path} has no kind {kind!r}; measure again")
-    if missing := sorted(KEYS - set(content)):
-        raise ResultsError(f"{path} lacks {', '.join(missing)}; measure again")
-    return content
-
-
-def heading(content: dict) -> str:
-    toy = "TOY SIZE, which says nothing about FLUX. " if content["size"] == "toy" else ""
-    packages = ", ".join(f"{name} {content['versions'][name]}" for name in ("diffusers", "torchao"))
-    return f"{toy}{machine_text(content).removesuffix('.')}; {packages}."
-
-
-def table(rows: list[dict[str, str]]) -> str:
-    """For a terminal."""
-    if not rows:
-        return "nothing was measured"
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-    lines = [{name: name for name in widths}, *rows]
-    return "\n".join(
-        "  ".join(f"{line[name]:{width}}" for name, width in widths.items()).rstrip()
-        for line in lines
-    )
-
-
-def not_timed(content: dict) -> list[str]:
-    """A line for each way and each case that has no time, with the reason."""
-    lines = [f"not timed: {row['case']}, {name}: {why}"
-             for row in content["cases"] for name, why in row["errors"].items()]  # fmt: skip
-    return lines + [f"not timed: {item['what']}: {item['why']}" for item in content["left_out"]]
-
-
-def decides(content: dict) -> bool:
-    """Whether these figures can reach or miss a goal: FLUX's size on a GPU."""
-    return content["size"] == "flux" and content["device"] == "cuda"
-
-
-def verdict(content: dict, name: str, what: str, value: float | None, least: float) -> str:
-    if value is None or not decides(content):
-        return f"{name:44} not measured (goal {least:g} {what})"
-    word = "reached" if value >= least else "MISSED"
-    return f"{name:44} {word}: {value:.2f} {what}, goal {least:g}"

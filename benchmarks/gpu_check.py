@@ -1,11 +1,12 @@
 """Everything a GPU is needed for, in bounded time: `make gpu-check`, or
 
-    python3 benchmarks/gpu_check.py [--limit SECONDS]
+    python3 benchmarks/gpu_check.py [--only PART ...] [--limit SECONDS] [--resume]
 
-Builds the extension in place where it lacks CUDA and nvcc is there, tests the ops on every backend
-of this card, then times them, the cases that matter most first. What was done is in
-benchmarks/results/<gpu>.json at every moment, so a run that is cut short keeps what it had. Needs
-torch and, for the tests, pytest; nothing need be installed.
+Parts: `build` the extension in place where it lacks CUDA and nvcc is there; `tests` of the ops on
+every backend of this card; `ops`, `flux-forward` and `flux-blocks`, the benchmarks, each with the
+cases that matter most first. What was done is in benchmarks/results/ at every moment, so a run that
+is cut short keeps what it had and --resume goes on with it. Needs torch; a part that needs a
+package more (pytest, diffusers) is skipped without it, and that is said. Nothing need be installed.
 """
 
 from __future__ import annotations
@@ -19,19 +20,30 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 
 import _paths  # noqa: F401
 import torch
+from flux_results import BLOCKS, FORWARD
 from goals import verdicts
 from report import text_table
-from results import Store, default_path, load
+from results import ResultsError, Store, commit, default_path, load
 
 import g2rpo_kernels as gk
 from g2rpo import doctor
 
-TESTS = ("ops", "native", "normal", "policy_loss", "group_advantages", "compat", "tracing")
+TESTS = {  # file -> packages it needs. All that run on the backends of a GPU
+    **dict.fromkeys(
+        ("ops", "native", "normal", "policy_loss", "group_advantages", "compat", "tracing",
+         "block_modulate", "block_modulate_gradients", "block_attention",
+         "block_attention_contract", "block_gelu", "block_fp8"), ()
+    ),
+    "flux_rollout": ("diffusers",),
+    "flux_text": ("diffusers", "transformers", "tokenizers", "safetensors"),
+}  # fmt: skip
 CRASHES = 3  # how often the benchmarks are taken up again after their process has died
+LIMITS = {"build": 240, "tests": 480, "ops": 240, FORWARD: 540, BLOCKS: 300}  # seconds, in order
 
 
 def call(command: list[str], limit: float, **variables: str) -> tuple[int | None, float, str]:
@@ -81,72 +93,161 @@ def build(limit: float) -> dict:
     return {"did": "setup.py build_ext --inplace", "code": code, "seconds": seconds, "end": end}
 
 
+def missing(packages: Iterable[str]) -> list[str]:
+    return [name for name in packages if importlib.util.find_spec(name) is None]
+
+
 def test(limit: float) -> dict:
-    if importlib.util.find_spec("pytest") is None:
+    if missing(["pytest"]):
         return {"did": "nothing", "why": "pytest is not installed: pip install pytest"}
-    files = [f"tests/test_{name}.py" for name in TESTS]
-    many = ["-n", str(min(8, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
+    left_out = {name: lacks for name, needed in TESTS.items() if (lacks := missing(needed))}
+    files = [f"tests/test_{name}.py" for name in TESTS if name not in left_out]
+    many = [] if missing(["xdist"]) else ["-n", str(min(8, os.cpu_count() or 1))]
     code, seconds, end = call(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *many, *files], limit
     )
-    return {"did": "pytest " + " ".join(files), "code": code, "seconds": seconds, "end": end}
+    done = {"did": f"pytest, {len(files)} files", "files": files, "code": code, "seconds": seconds,
+            "end": end}  # fmt: skip
+    if left_out:
+        done["why"] = "; ".join(
+            f"tests/test_{name}.py left out: {', '.join(lacks)} not installed"
+            for name, lacks in left_out.items()
+        )
+    return done
 
 
-def bench(path: Path, limit: float, arguments: list[str]) -> dict:
-    """run.py in a process of its own: a kernel that faults takes its process along, not the run."""
+def bench(command: list[str], limit: float, stop: str, share: float, resume: bool) -> dict:
+    """A benchmark in a process of its own: a kernel that faults takes its process along, not the
+    run, and the benchmark is taken up again behind the case that it died in.
+
+    stop: its option for the seconds after which it begins no case; those are `share` of its time.
+    """
     began = time.perf_counter()
-    command = [sys.executable, "benchmarks/run.py", "--device", "cuda", "--results", str(path),
-               "--resume", *arguments]  # fmt: skip
     code, end = None, ""
-    for _ in range(CRASHES):
+    for attempt in range(CRASHES):
         left = limit - (time.perf_counter() - began)
         if left < 10:
             break
-        # It stops beginning cases in time to end by itself.
-        code, _, end = call([*command, "--limit", f"{0.8 * left:.0f}"], left)
+        again = ["--resume"] if resume or attempt else []
+        arguments = [*command, *again, stop, f"{share * left:.0f}"]
+        code, _, end = call([sys.executable, *arguments], left)
         if code in (0, 2, 3, None):  # an end of its own, or out of time
             break
-    return {"did": "run.py", "code": code, "seconds": time.perf_counter() - began, "end": end}
+    return {"did": Path(command[0]).name, "code": code, "seconds": time.perf_counter() - began,
+            "end": end}  # fmt: skip
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
+def do(part: str, path: Path, options: argparse.Namespace, rest: list[str]) -> dict:
+    """One part: what was done, and the reason where nothing was."""
+    limit = options.limit or LIMITS[part]
+    if part == "build":
+        return build(limit)
+    if part == "tests":
+        return test(limit)
+    given = ["--device", "cuda", *(["--no-compile"] if options.no_compile else [])]
+    if part == "ops":  # goes on with the store that main has begun
+        command = ["benchmarks/run.py", *given, "--results", str(path), *rest]
+        return bench(command, limit, "--limit", 0.8, resume=True)
+    if missing(["diffusers"]):
+        return {"did": "nothing", "why": "diffusers is not installed: pip install diffusers"}
+    program, share = {FORWARD: ("bench_flux_forward", 0.5), BLOCKS: ("bench_blocks", 0.8)}[part]
+    output = flux_path(path, part)
+    command = [f"benchmarks/{program}.py", *given, "--size", "flux", "--output", str(output)]
+    return bench(command, limit, "--seconds", share, options.resume)
+
+
+def begin(path: Path, anew: bool) -> None:
+    """The file of the flow ops, with what is known of the parts; anew, without its cases."""
+    store = Store(path, "cuda", resume=True)
+    parts = store.content["parts"]
+    if anew:
+        store = Store(path, "cuda")
+        store.content["parts"] = parts
+    store.save()
+
+
+def record(path: Path, part: str, done: dict) -> None:
+    known = load(path).get("backends")
+    store = Store(path, "cuda", resume=True)
+    store.content["backends"] = known  # by a process since the build, which this is not
+    store.content["parts"][part] = {
+        **done, "date": time.strftime("%Y-%m-%d"), "commit": commit(),
+    }  # fmt: skip
+    store.save()
+
+
+def flux_path(path: Path, kind: str) -> Path:
+    """Beside the file of the flow ops, under the name that the benchmark itself would give it."""
+    return path.parent / f"{kind}-{default_path('cuda').name}"
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Options of this program, and those of benchmarks/run.py."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      epilog="Other options go to benchmarks/run.py.")  # fmt: skip
-    parser.add_argument("--limit", type=float, default=240, help="seconds each part may take")
-    parser.add_argument("--results", type=Path, help="the file to write")
-    parser.add_argument("--no-tests", action="store_true")
-    options, rest = parser.parse_known_args()
+    parser.add_argument("--only", nargs="+", default=list(LIMITS), metavar="PART",
+                        help=f"some of {', '.join(LIMITS)}")  # fmt: skip
+    parser.add_argument("--limit", type=float, help="seconds each part may take; default: "
+                        + ", ".join(f"{name} {most}" for name, most in LIMITS.items()))  # fmt: skip
+    parser.add_argument("--results", type=Path,
+                        help="the file to write; FLUX's are written beside it")  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="keep the cases the files have")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    options, rest = parser.parse_known_args(arguments)
+    picked = [name for text in options.only for name in text.split(",")]
+    for name in picked:
+        if name not in LIMITS:
+            parser.error(f"--only: {name!r}; expected some of {', '.join(LIMITS)}")
+    options.only = [name for name in LIMITS if name in picked]
+    if options.limit is not None and not options.limit > 0:
+        parser.error(f"--limit: {options.limit:g}; expected seconds > 0")
+    if rest and "ops" not in options.only:
+        parser.error(f"{' '.join(rest)}: for benchmarks/run.py, which --only leaves out")
+    return options, rest
+
+
+def closing(content: dict) -> list[str]:
+    """A line a part: what was done, how it ended, its last words."""
+    lines = []
+    for name in LIMITS:
+        part = content["parts"].get(name)
+        if part is None:
+            lines.append(f"{name:14} not done")
+            continue
+        ended = ""
+        if "code" in part:
+            ended = "out of time" if part["code"] is None else f"exit code {part['code']}"
+        said = [*part.get("end", "").splitlines()[-1:], part.get("why", "")]
+        words = "; ".join(filter(None, [part["did"], ended, *said]))
+        lines.append(f"{name:14} {words}")
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options, rest = parse(arguments)
     if not torch.cuda.is_available():
         why = doctor.gpus()[1]
         print(f"gpu_check: error: no GPU to check: {why}", file=sys.stderr)
         return 2
     print(f"{doctor.gpus()[0][0]}; torch {torch.__version__}, Python {sys.version.split()[0]}")
-    for name in ("pytest", "pytest_benchmark", "matplotlib"):
-        if importlib.util.find_spec(name) is None:
-            print(f"{name} is not installed; "
-                  + ("no tests" if name == "pytest" else "not needed here"))  # fmt: skip
-    path = options.results or default_path("cuda")
-    parts = {"build": build(options.limit)}
-    store = Store(path, "cuda")
-    store.content["parts"] = parts
-    store.save()
-    if not options.no_tests:
-        parts["tests"] = test(options.limit)
-        store.save()
-    done = bench(path, options.limit, rest)
-    store = Store(path, "cuda", resume=True)
-    store.content["parts"]["benchmarks"] = done
-    store.save()
-
+    path = (options.results or default_path("cuda")).resolve()
+    try:
+        begin(path, anew="ops" in options.only and not options.resume)
+    except ResultsError as error:
+        print(f"gpu_check: error: {error}", file=sys.stderr)
+        return 2
+    done = {}
+    for part in options.only:
+        done[part] = do(part, path, options, rest)
+        record(path, part, done[part])
     content = load(path)
-    print(f"\n{text_table(content)}\n")
-    print("\n".join(verdicts(content)))
-    for name, part in content["parts"].items():
-        said = part["end"].splitlines()[-1:] if part.get("end") else [part.get("why", "")]
-        print(f"{name:44} {part['did']}: {part.get('code', '')} {' '.join(said)}")
-    print(f"\nwritten to {path}; python benchmarks/report.py puts it into the README")
-    codes = [part["code"] for part in content["parts"].values() if "code" in part]
-    return 0 if all(code == 0 for code in codes) else 1
+    if "ops" in options.only:
+        print(f"\n{text_table(content)}\n")
+        print("\n".join(verdicts(content)))
+    print()
+    print("\n".join(closing(content)))
+    print(f"\nwritten to {path.parent}; python benchmarks/report.py puts it into the README")
+    return 0 if all(part.get("code", 0) == 0 for part in done.values()) else 1
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import functools
 import gc
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -153,14 +153,30 @@ def disagreement(got: tuple, want: tuple, random: bool) -> float:
 
 @dataclass
 class Prepared:
-    """A case whose variants have run once and agree."""
+    """A case whose variants have run once and agree.
+
+    Another kind of case overrides what is compared: `comparable`, `away` and `tolerance`.
+    """
 
     case: Case
     device: str
     settings: Settings
     sets: list[Inputs]
     variants: list[Variant]
+    moved: int = 0  # bytes of one call
     errors: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE
+
+    def comparable(self, variant: Variant, returned: object) -> tuple[Tensor, ...]:
+        """What a variant returned, as numbers that are compared with eager's."""
+        return as_outputs(returned)
+
+    def away(self, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
+        """How far from eager's, relative in norm."""
+        return disagreement(got, want, TASKS[self.case.task].random)
 
     @property
     def ours(self) -> str | None:
@@ -174,16 +190,16 @@ class Prepared:
             try:
                 with variant.context():
                     for i in range(min(2, len(self.sets))):
-                        got = as_outputs(variant.run(i))
+                        returned = variant.run(i)
                     synchronizer(self.device)()
-                if want is None:
-                    want = got
-                away = disagreement(got, want, TASKS[self.case.task].random)
+                got = self.comparable(variant, returned)
+                want = got if want is None else want
+                away = self.away(got, want)
             except Exception as error:  # whatever it is, it becomes this variant's row
                 self.errors[variant.name] = f"{type(error).__name__}: {first_line(error)}"
                 synchronizer(self.device)()  # raises if the error has left the GPU unusable
                 continue
-            if away > TOLERANCE:
+            if away > self.tolerance:
                 self.errors[variant.name] = f"disagrees with eager by {away:.2g}"
                 continue
             kept.append(variant)
@@ -191,7 +207,7 @@ class Prepared:
 
     def measure(self) -> dict:
         """The case's row of the results file."""
-        moved, sets = bytes_moved(self.case), len(self.sets)
+        moved, sets = self.moved, len(self.sets)
         source, target = copy_buffers(self.device)
         copy = Variant(COPY, lambda i: target.copy_(source))
         timed = [*self.variants, copy]
@@ -248,23 +264,34 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")[:200]
 
 
-@contextmanager
-def prepared(case: Case, device: str, settings: Settings) -> Iterator[Prepared]:
-    """A case ready to be measured; its memory and its compiled code are given up on leaving."""
-    first = make_inputs(case, device)
-    count = sets_past_cache(bytes_moved(case), cache_bytes(device))
+def ready_to_check(case: Case, device: str, settings: Settings) -> Prepared:
+    """Every way of computing the case, on sets of inputs that no cache holds together."""
+    first, moved = make_inputs(case, device), bytes_moved(case)
+    count = sets_past_cache(moved, cache_bytes(device))
     sets = [first, *(another_set(first) for _ in range(count - 1))]
     if case.backward:
         for inputs in sets:
             inputs["velocity"] = inputs["velocity"].detach().requires_grad_()
-    ready = Prepared(case, device, settings, sets, variants_of(case, sets, device, settings))
+    variants = variants_of(case, sets, device, settings)
+    return Prepared(case, device, settings, sets, variants, moved)
+
+
+@contextmanager
+def checked(ready: Prepared) -> Iterator[Prepared]:
+    """A case ready to be measured; its memory and its compiled code are given up on leaving.
+
+    That frees memory only because nobody but `ready` holds the inputs and the variants.
+    """
     try:
         ready.check()
         yield ready
     finally:
         ready.variants, ready.sets = [], []
-        del first, sets
         torch._dynamo.reset()
         gc.collect()
-        if device == "cuda":
+        if ready.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def prepared(case: Case, device: str, settings: Settings) -> AbstractContextManager[Prepared]:
+    return checked(ready_to_check(case, device, settings))

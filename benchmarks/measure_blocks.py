@@ -6,9 +6,8 @@ with prepared(case, "cuda", Settings()) as ready:
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,28 +16,17 @@ import torch._inductor.config
 from flux_ops import OPS, Inputs, Op, Way
 from flux_shapes import Size
 from measure import (
-    COPY,
     EAGER,
     Prepared,
     Settings,
     as_outputs,
     backends_of,
     cache_bytes,
-    copy_buffers,
+    checked,
     disagreement,
-    first_line,
     ours,
 )
-from timing import (
-    Variant,
-    count_launches,
-    interleave,
-    quartiles,
-    ratio,
-    sets_past_cache,
-    synchronizer,
-    wall_blocks,
-)
+from timing import Variant, sets_past_cache
 from torch import Tensor
 
 import g2rpo_kernels as gk
@@ -118,87 +106,36 @@ def flat(out: object) -> tuple[Tensor, ...]:
     return tuple(x for part in parts for x in (part if isinstance(part, tuple) else (part,)))
 
 
-def comparable(case: Case, way: Way, got: tuple[Tensor, ...], outputs: int) -> list[Tensor]:
-    """Outputs and gradients in the form that ours have; what is quantised in numbers again."""
-    if case.op.fp8:
-        *first, values, scales = got
-        return [*first, values.float() * scales[..., None]]
-    grads = list(got[outputs:])
-    return [*got[:outputs], *(way.joined(grads) if grads else ())]
-
-
 @dataclass
 class PreparedBlock(Prepared):
-    """A case of blocks. Its bytes and its comparison with eager are not those of the flow ops."""
+    """A case of blocks: of its bytes, the first way that runs says how many they are."""
 
     ways: dict[str, Way] = field(default_factory=dict)  # by the name of a variant
-    moved: int = 0  # bytes, once a variant has run
+    outputs: int = 0  # of the op; gradients come behind
 
-    def check(self) -> None:
-        """Run every variant, keep those whose every output and gradient agree with eager's."""
-        case, want, kept, outputs = self.case, None, [], 0
-        for variant in self.variants:
-            way = self.ways[variant.name]
-            try:
-                with variant.context():
-                    got = variant.run(0)
-                    synchronizer(self.device)()
-                if want is None:
-                    outputs = len(got) - (len(way.leaves) if case.backward else 0)
-                    self.moved = bytes_of(case, self.sets[0], got[:outputs])
-                numbers = comparable(case, way, got, outputs)
-                want = want or numbers
-                pairs = zip(numbers, want, strict=True)
-                away = max(disagreement((a,), (b,), False) for a, b in pairs)
-            except Exception as error:  # whatever it is, it becomes this variant's row
-                self.errors[variant.name] = f"{type(error).__name__}: {first_line(error)}"
-                synchronizer(self.device)()  # raises if the error has left the GPU unusable
-                continue
-            if away > TOLERANCE[case.op.fp8]:
-                self.errors[variant.name] = f"disagrees with eager by {away:.2g}"
-                continue
-            kept.append(variant)
-        self.variants = kept
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCE[self.case.op.fp8]
 
-    def measure(self) -> dict:
-        """The case's row of the results file, with the keys of run.py's."""
-        source, target = copy_buffers(self.device)
-        copy = Variant(COPY, lambda i: target.copy_(source))
-        timed, settings, timers = [*self.variants, copy], self.settings, {}
-        wall = wall_blocks(timed, len(self.sets), self.device, settings.at_least)
-        blocks = wall
-        if self.device == "cuda":
-            blocks = {v.name: self.on_device(v, timers) for v in timed}
-        seconds = interleave(blocks, settings.rounds, settings.budget)
-        walls = seconds if blocks is wall else interleave(wall, settings.rounds, settings.budget)
-        row = {
-            "case": self.case.id, "task": self.case.task, "shape": self.case.shape,
-            "dtype": self.case.dtype, "backward": self.case.backward, "ours": self.ours,
-            "bytes": self.moved, "input_sets": len(self.sets), "rounds": len(seconds[COPY]),
-            "copy": {"bytes": 2 * source.nbytes, "seconds": quartiles(seconds[COPY])[1]},
-            "variants": {}, "errors": self.errors,
-        }  # fmt: skip
-        for variant in self.variants:
-            times = seconds[variant.name]
-            low, middle, high = quartiles(times)
-            copied = [2 * source.nbytes / s for s in seconds[COPY]]
-            row["variants"][variant.name] = entry = {
-                "seconds": middle, "low": low, "high": high,
-                "wall_seconds": quartiles(walls[variant.name])[1],
-                "gb_per_second": self.moved / middle / 1e9,
-                "copy_fraction": ratio([self.moved / s for s in times], copied)["median"],
-                "timer": timers.get(variant.name, "wall"),
-                "launches": count_launches(variant) if self.device == "cuda" else None,
-                "each_round": [float(f"{s:.4g}") for s in times],
-            }  # fmt: skip
-            if self.ours:
-                entry["over_ours"] = ratio(times, seconds[self.ours])
-        return row
+    def comparable(self, variant: Variant, returned: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Outputs and gradients in the form that ours have; what is quantised in numbers again."""
+        way = self.ways[variant.name]
+        if not self.outputs:
+            self.outputs = len(returned) - (len(way.leaves) if self.case.backward else 0)
+            self.moved = bytes_of(self.case, self.sets[0], returned[: self.outputs])
+        if self.case.op.fp8:
+            *first, values, scales = returned
+            return *first, values.float() * scales[..., None]
+        grads = list(returned[self.outputs :])
+        return *returned[: self.outputs], *(way.joined(grads) if grads else ())
+
+    def away(self, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> float:
+        """Of the output or the gradient that is farthest."""
+        return max(disagreement((a,), (b,), False) for a, b in zip(got, want, strict=True))
 
 
-@contextmanager
-def prepared(case: Case, device: str, settings: Settings) -> Iterator[PreparedBlock]:
-    """A case ready to be measured; its memory and its compiled code are given up on leaving."""
+def ready_to_check(case: Case, device: str, settings: Settings) -> PreparedBlock:
+    """Eager, torch.compile of it and ours, on sets of inputs that no cache holds together."""
     op, above, sets = case.op, None, [make_inputs(case, device)]
     bytes_of_a_set = sum(sets[0][name].nbytes for name in op.ours.arguments)
     for _ in range(sets_past_cache(bytes_of_a_set, cache_bytes(device)) - 1):
@@ -207,7 +144,6 @@ def prepared(case: Case, device: str, settings: Settings) -> Iterator[PreparedBl
         with torch.no_grad():
             made = flat(op.eager.function(*(sets[0][name] for name in op.eager.arguments)))
         above = [torch.randn_like(x) for x in made]
-        del made
     ways = [(EAGER, op.eager, op.eager.function, nullcontext)]
     if settings.compile:
         torch._inductor.config.compile_threads = 1  # else its processes start while we measure
@@ -220,15 +156,9 @@ def prepared(case: Case, device: str, settings: Settings) -> Iterator[PreparedBl
         Variant(name, caller(way, function, sets, above), context)
         for name, way, function, context in ways
     ]
-    ready = PreparedBlock(case, device, settings, sets, variants,
-                          ways={name: way for name, way, *_ in ways})  # fmt: skip
-    try:
-        ready.check()
-        yield ready
-    finally:
-        ready.variants, ready.sets = [], []
-        del sets, variants, ways, above
-        torch._dynamo.reset()
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+    return PreparedBlock(case, device, settings, sets, variants,
+                         ways={name: way for name, way, *_ in ways})  # fmt: skip
+
+
+def prepared(case: Case, device: str, settings: Settings) -> AbstractContextManager[Prepared]:
+    return checked(ready_to_check(case, device, settings))

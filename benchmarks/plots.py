@@ -7,7 +7,8 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from report import headline, shape_text, times_text
+from report import headline, shape_text
+from texts import times_text
 
 INK, PALE = "#333333", "#dddddd"
 # Okabe and Ito's colours, which the colour-blind can tell apart; shapes differ as well.

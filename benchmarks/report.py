@@ -13,28 +13,31 @@ import sys
 from pathlib import Path
 
 import _paths
-from results import FOLDER, KIND, ResultsError, load
+import flux_report
+import flux_results
+from results import FOLDER, KIND, ResultsError, load, slug
+from texts import (
+    copy_text,
+    machine_text,
+    markdown_table,
+    number_text,
+    over,
+    rounds_text,
+    table,
+    time_text,
+    times_text,
+)
 
 README, DOCS = _paths.ROOT / "README.md", _paths.ROOT / "docs"
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MARKS = "<!-- {}:begin -->", "<!-- {}:end -->"
 NO_GPU = (
     "**Not yet measured on a GPU.** `make gpu-check` tests every backend on the card it finds, "
     "times the same cases there and writes `benchmarks/results/<gpu>.json`; `python "
     "benchmarks/report.py` then puts them here."
 )
 BASELINES = ("eager", "compiled eager", "compiled reference")
+HEADS = {"op": "", "direction": "", "shape": "P × G × row"}
 HEADLINE = ("flux720", "flux720x64")  # shown first and drawn; other shapes are folded away
-
-
-def time_text(seconds: float) -> str:
-    for unit, scale in (("s", 1), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}" if seconds < 999 * scale else f"{seconds:.0f} s"
-    return f"{seconds / 1e-6:.3g} µs"
-
-
-def times_text(value: float) -> str:
-    return f"{value:.0f}×" if value >= 99.5 else f"{value:.2g}×" if value < 10 else f"{value:.3g}×"
 
 
 def shape_text(row: dict) -> str:
@@ -44,13 +47,6 @@ def shape_text(row: dict) -> str:
     shape = cases.SHAPES[row["shape"]]
     dims = shape.row_shape if row["task"] != "group_advantages" else ()
     return " × ".join(map(str, (shape.rows, shape.branches, *dims)))
-
-
-def over(row: dict, names: tuple[str, ...]) -> float | None:
-    """How many times the fastest of these takes what ours takes."""
-    found = [row["variants"][n] for n in names if n in row["variants"]]
-    values = [entry["over_ours"]["median"] for entry in found if "over_ours" in entry]
-    return min(values, default=None)
 
 
 def cells(row: dict) -> dict[str, str]:
@@ -76,8 +72,8 @@ def cells(row: dict) -> dict[str, str]:
         "ours": cell(row["ours"]),
         "× eager": "–" if faster is None else times_text(faster),
         "× best compiled": "–" if compiled is None else times_text(compiled),
-        "MB": f"{row['bytes'] / 1e6:.3g}",
-        "GB/s": f"{mine['gb_per_second']:.3g}" if mine else "–",
+        "MB": number_text(row["bytes"] / 1e6),
+        "GB/s": number_text(mine["gb_per_second"]) if mine else "–",
         "of copy": f"{mine['copy_fraction']:.0%}".replace("%", " %") if mine else "–",
         "launches": f"{entries['eager']['launches']} → {mine['launches']}"
         if mine and mine["launches"] and "eager" in entries else "–",
@@ -111,48 +107,24 @@ def table_of(content: dict, cases_shown: list[dict]) -> list[dict[str, str]]:
 
 def text_table(content: dict) -> str:
     """For a terminal."""
-    rows = table_of(content, content["cases"])
-    if not rows:
-        return "no case was measured"
-    widths = {k: max(len(k), *(len(row[k]) for row in rows)) for k in rows[0]}
-    lines = ["  ".join(f"{k:{w}}" for k, w in widths.items())]
-    lines += ["  ".join(f"{row[k]:{w}}" for k, w in widths.items()) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def machine_text(content: dict) -> str:
-    machine, versions = content["machine"], content["versions"]
-    parts = [f"torch {versions['torch']}", f"Python {versions['python']}"]
-    if content["device"] == "cuda":
-        head = f"{machine['name']}, driver {machine['driver']}"
-        parts += [f"CUDA {versions['cuda']}", f"Triton {versions['triton']}"]
-    else:
-        variant = machine["variant"]
-        ran = f"vector variant {variant}" if variant else "no native extension: the reference ran"
-        head = f"{machine['name']}, {machine['threads']} threads, {ran}"
-    when = content["date"] + (f", commit {content['commit']}" if content["commit"] else "")
-    return f"{head}; {', '.join(parts)}, g2rpo {versions['g2rpo']}; {when}."
+    return table(table_of(content, content["cases"]))
 
 
 def caption(content: dict) -> str:
     rows, gpu = content["cases"], content["device"] == "cuda"
-    copies = sorted(row["copy"]["bytes"] / row["copy"]["seconds"] / 1e9 for row in rows)
-    span = f"{copies[0]:.3g}" + (f" to {copies[-1]:.3g}" if len(copies) > 1 else "")
-    rounds = sorted({row["rounds"] for row in rows})
     how = (
         "Device time by replaying a CUDA graph of one call on every input set, in brackets the "
         "wall time of ordinary calls; launches are kernels, copies and fills, eager → ours"
         if gpu else "Wall time"
     )  # fmt: skip
     return (
-        f"{how}; medians of {' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} "
-        "alternating rounds, ratios within rounds, inputs rotated past the last-level cache. "
+        f"{how}; medians of {rounds_text(rows)} alternating rounds, ratios within rounds, inputs "
+        "rotated past the last-level cache. "
         "Eager is written as the trainers of flow models write it: one repeated row a branch, "
         "`torch.randn`. Compiled are `torch.compile` of that and of our plain reference, whose "
         "closed-form gradient it gets in one graph with the loss. MB: each input of the fused op "
         "read once, each output written once; fwd + bwd is two ops, so `x_next` counts twice. "
-        f"Of copy: GB/s over those of a copy of {rows[0]['copy']['bytes'] / 2**21:.0f} MiB in the "
-        f"same rounds ({span} GB/s, bytes read and bytes written counted)."
+        + copy_text(rows)
     )
 
 
@@ -163,11 +135,11 @@ def markdown(content: dict) -> str:
         raise ResultsError(f"the results of {name} hold no case; measure again")
     first, others = headline(content)
     lines = [f"**{name}.** {machine_text(content).removeprefix(name).lstrip(', ')}", ""]
-    lines += markdown_table(table_of(content, first))
+    lines += markdown_table(table_of(content, first), HEADS)
     lines += ["", caption(content), "", f"![Times faster than eager](docs/{plot_name(content)})"]
     if others:
         lines += ["", f"<details><summary>{len(others)} more cases</summary>", ""]
-        lines += [*markdown_table(table_of(content, others)), "", "</details>"]
+        lines += [*markdown_table(table_of(content, others), HEADS), "", "</details>"]
     notes = [f"- {row['case']}, {name}: {why}"
              for row in content["cases"] for name, why in row["errors"].items()]  # fmt: skip
     notes += [f"- {item['what']}: {item['why']}" for item in content["left_out"]]
@@ -176,16 +148,6 @@ def markdown(content: dict) -> str:
     if content["calls"]:
         lines += ["", calls_text(content)]
     return "\n".join(lines)
-
-
-def markdown_table(rows: list[dict[str, str]]) -> list[str]:
-    names = {"op": "", "direction": "", "shape": "P × G × row"}
-    lines = ["| " + " | ".join(names.get(k, k) for k in rows[0]) + " |"]
-    lines.append("|" + "---|" * 3 + "--:|" * (len(rows[0]) - 3))
-    for row in rows:
-        row = {k: f"**{v}**" if k.startswith("ours") else v for k, v in row.items()}
-        lines.append("| " + " | ".join([f"`{row.pop('op')}`", *row.values()]) + " |")
-    return lines
 
 
 def calls_text(content: dict) -> str:
@@ -198,8 +160,6 @@ def calls_text(content: dict) -> str:
 
 
 def plot_name(content: dict) -> str:
-    from results import slug
-
     prefix = "bench-" if content["device"] == "cuda" else "bench-cpu-"
     return f"{prefix}{slug(content['machine']['name'])}.png"
 
@@ -212,27 +172,45 @@ def block(contents: list[dict]) -> str:
     return "\n\n".join([*parts, *(markdown(content) for content in cpus)])
 
 
-def splice(readme: str, text: str) -> str:
-    """The README with `text` between its markers; ValueError if it has not one pair of them."""
-    once = readme.count(BEGIN) == readme.count(END) == 1
-    if not once or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"expected one line {BEGIN} and, after it, one line {END}")
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+def splice(readme: str, name: str, text: str) -> str:
+    """The README with `text` between the markers of this name; ValueError if it has not one pair
+    of them."""
+    begin, end = (mark.format(name) for mark in MARKS)
+    once = readme.count(begin) == readme.count(end) == 1
+    if not once or readme.index(begin) > readme.index(end):
+        raise ValueError(f"expected one line {begin} and, after it, one line {end}")
+    before, rest = readme.split(begin)
+    after = rest.split(end)[1]
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
-def load_folder(folder: Path) -> list[dict]:
-    """Every results file of this kind in a folder; what else lies there is named, not read."""
-    contents, others = [], []
+def load_folder(folder: Path) -> dict[str, list[dict]]:
+    """The results files of a folder by kind; those with nothing for the README are named."""
+    found: dict[str, list[dict]] = {KIND: [], **{kind: [] for kind in flux_report.SECTIONS}}
+    others = []
     for path in sorted(folder.glob("*.json")):
-        if f'"kind": "{KIND}"' in path.read_text(errors="replace"):
-            contents.append(load(path))
+        text = path.read_text(errors="replace")
+        kind = next((kind for kind in found if f'"kind": "{kind}"' in text), None)
+        if kind is None:
+            others.append(f"{path.name} (of another kind)")
+            continue
+        content = load(path) if kind == KIND else flux_results.load(path, kind)
+        why = None if kind == KIND else flux_report.unfit(content)
+        if why or not content["cases"]:
+            others.append(f"{path.name} ({why or 'no case was measured'})")
         else:
-            others.append(path.name)
+            found[kind].append(content)
     if others:
-        print(f"not results of benchmarks/run.py, left alone: {', '.join(others)}")
-    return contents
+        print(f"left alone: {', '.join(others)}")
+    return found
+
+
+def readme_of(readme: str, found: dict[str, list[dict]]) -> str:
+    """The README as these results give it."""
+    readme = splice(readme, "bench", block(found[KIND]))
+    for kind in flux_report.SECTIONS:
+        readme = splice(readme, kind, flux_report.section(kind, found[kind]))
+    return readme
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -243,9 +221,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=DOCS)
     options = parser.parse_args(arguments)
     try:
-        contents = load_folder(options.results)
+        found = load_folder(options.results)
+        contents = found[KIND]  # these have a plot each
         before = options.readme.read_text()
-        after = splice(before, block(contents))
+        after = readme_of(before, found)
     except ValueError as error:
         where = "" if isinstance(error, ResultsError) else f"{options.readme}: "
         print(f"benchmarks/report.py: error: {where}{error}", file=sys.stderr)

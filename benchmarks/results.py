@@ -160,16 +160,16 @@ def load(path: Path) -> dict:
         raise ResultsError(f"{path} is not JSON ({error}); measure again") from error
     if not isinstance(content, dict) or content.get("kind") != KIND:
         raise ResultsError(f"{path} has no kind {KIND!r}; expected a file of benchmarks/run.py")
-    _need(path, "it", content, KEYS)
+    require(path, "it", content, KEYS)
     if content["device"] not in ("cpu", "cuda"):
         raise ResultsError(f"{path} has device {content['device']!r}; expected 'cpu' or 'cuda'")
     for row in content["cases"]:
-        _need(path, f"case {row.get('case')!r}", row, CASE_KEYS)
+        require(path, f"case {row.get('case')!r}", row, CASE_KEYS)
         for name, entry in row["variants"].items():
-            _need(path, f"{name!r} of case {row['case']!r}", entry, VARIANT_KEYS)
+            require(path, f"{name!r} of case {row['case']!r}", entry, VARIANT_KEYS)
     return content
 
 
-def _need(path: Path, what: str, content: dict, keys: set[str]) -> None:
+def require(path: Path, what: str, content: dict, keys: set[str]) -> None:
     if missing := sorted(keys - set(content)):
         raise ResultsError(f"{path}: {what} lacks {', '.join(missing)}; measure again")

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,10 +20,10 @@ sys.path.append(str(ROOT / "benchmarks"))
 import bench_blocks  # noqa: E402
 import bench_flux_forward  # noqa: E402
 import flux_ops  # noqa: E402
-import flux_shapes  # noqa: E402
+import flux_results  # noqa: E402
 import measure  # noqa: E402
 import measure_blocks  # noqa: E402
-from flux_forward import COMPILED, EAGER, FP8, FUSED, FUSED_COMPILED, TORCHAO  # noqa: E402
+from flux_forward import COMPILED, EAGER, FP8, FUSED, FUSED_COMPILED, TORCHAO, WAYS  # noqa: E402
 from flux_shapes import SIZES, flops, new_transformer, transformer_inputs  # noqa: E402
 from measure import Settings  # noqa: E402
 
@@ -35,7 +36,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a cache of 64 KiB."""
     buffers = torch.arange(2**12, dtype=torch.int32), torch.empty(2**12, dtype=torch.int32)
     monkeypatch.setattr(measure_blocks, "cache_bytes", lambda device: 2**16)
-    monkeypatch.setattr(measure_blocks, "copy_buffers", lambda device: buffers)
+    monkeypatch.setattr(measure, "copy_buffers", lambda device: buffers)
 
 
 def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -73,7 +74,7 @@ def test_blocks_at_toy_size(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "TOY SIZE" in done.stdout and "goals, for FLUX's size on a GPU" in done.stdout
     assert "reached" not in done.stdout and "MISSED" not in done.stdout
-    content = flux_shapes.load(path, bench_blocks.KIND)
+    content = flux_results.load(path, flux_results.BLOCKS)
     (row,) = content["cases"]
     (shown,) = table_in(done.stdout, "op")
     assert shown["op"] == row["task"] == "gelu_tanh[fp8]" and shown["shape"] == "2 × 16 × 256"
@@ -91,10 +92,10 @@ def test_forward_at_toy_size(tmp_path: Path) -> None:
     done = run("bench_flux_forward", "--size", "toy", "--no-compile", "--batches", "1", "--rounds",
                "5", "--budget", "0.1", "--output", str(path))  # fmt: skip
     assert done.returncode == 0, done.stderr
-    content = flux_shapes.load(path, bench_flux_forward.KIND)
+    content = flux_results.load(path, flux_results.FORWARD)
     (row,) = content["cases"]
     shown = {line["way"]: line for line in table_in(done.stdout, "batch")}
-    assert list(shown) == [EAGER, COMPILED, FUSED, FUSED_COMPILED, FP8, TORCHAO]
+    assert list(shown) == [*WAYS, TORCHAO]
     for name in (COMPILED, FUSED_COMPILED):
         assert shown[name]["time"] == "not timed" and "--no-compile" in row["errors"][name]
     assert row["flops"] == flops(TOY, 1) and row["rounds"] == 5
@@ -193,14 +194,37 @@ def test_what_is_wrong_or_fails_is_not_timed(
         json.dumps(row, allow_nan=False)
 
 
+@pytest.mark.parametrize("times, kept", [(1.02, True), (1.1, False)])
+def test_fp8_may_differ_by_a_rounding(
+    times: float, kept: bool, small_machine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op = flux_ops.OPS["quantize_fp8"]
+
+    def scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        values, scales = op.ours.function(x)
+        return values, scales * times
+
+    broken = replace(op, ours=replace(op.ours, function=scaled))
+    monkeypatch.setitem(flux_ops.OPS, "quantize_fp8", broken)
+    with measure_blocks.prepared(case("quantize_fp8"), "cpu", QUICK) as ready:
+        assert (ready.ours is not None) is kept
+        assert kept or "disagrees with eager by 0.1" in ready.errors["ours (reference)"]
+
+
+def test_memory_is_given_up(small_machine: None) -> None:
+    with measure_blocks.prepared(case("gelu_tanh", True), "cpu", QUICK) as ready:
+        held = [weakref.ref(inputs["x"]) for inputs in ready.sets]
+        assert all(each() is not None for each in held)
+    assert not any(each() is not None for each in held)
+
+
 def test_device_time_and_goals(small_machine: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors in GPU clothes: the bookkeeping around the timers, and the verdicts."""
-    buffers = measure_blocks.copy_buffers("cpu")
-    for module in (measure, measure_blocks):
-        monkeypatch.setattr(module, "synchronizer", lambda device: lambda: None)
-    monkeypatch.setattr(measure_blocks, "wall_blocks", lambda variants, *_: {
+    buffers = measure.copy_buffers("cpu")
+    monkeypatch.setattr(measure, "synchronizer", lambda device: lambda: None)
+    monkeypatch.setattr(measure, "wall_blocks", lambda variants, *_: {
         v.name: lambda: 4e-3 for v in variants})  # fmt: skip
-    monkeypatch.setattr(measure_blocks, "count_launches", lambda variant: 2)
+    monkeypatch.setattr(measure, "count_launches", lambda variant: 2)
     monkeypatch.setattr(measure, "device_block", lambda variant, *_: lambda: {
         measure.COPY: 1e-3, measure.EAGER: 6e-3}.get(variant.name, 2e-3))  # fmt: skip
     with measure_blocks.prepared(case("gelu_tanh"), "cpu", QUICK) as ready:
@@ -226,13 +250,13 @@ def test_a_run_is_taken_up_again(tmp_path: Path, capsys: pytest.CaptureFixture) 
     arguments = ["--size", "toy", "--device", "cpu", "--no-compile", "--only", "gelu_tanh-",
                  "--rounds", "5", "--budget", "0.01", "--output", str(path)]  # fmt: skip
     assert bench_blocks.main([*arguments, "--seconds", "-1"]) == 0
-    assert "nothing was measured" in capsys.readouterr().out
+    assert "no case was measured" in capsys.readouterr().out
     assert len(json.loads(path.read_text())["left_out"]) == 2
     content = json.loads(path.read_text())
     content["running"] = "gelu_tanh-forward-toy"
     path.write_text(json.dumps(content))
     assert bench_blocks.main([*arguments, "--resume"]) == 0
-    content = flux_shapes.load(path, bench_blocks.KIND)
+    content = flux_results.load(path, flux_results.BLOCKS)
     assert [row["case"] for row in content["cases"]] == ["gelu_tanh-forward+backward-toy"]
     (left,) = content["left_out"]
     assert left["what"] == "gelu_tanh-forward-toy" and "process ended" in left["why"]
@@ -243,3 +267,8 @@ def test_a_run_is_taken_up_again(tmp_path: Path, capsys: pytest.CaptureFixture) 
     assert bench_blocks.main([*arguments, "--resume"]) == 2
     assert "has no kind 'flux-blocks'" in capsys.readouterr().err
     assert bench_blocks.main(["--size", "toy", "--only", "nothing"]) == 2
+    other = tmp_path / "other.json"
+    other.write_text('{"kind": "flux-forward"}')
+    assert bench_blocks.main([*arguments[:-1], str(other)]) == 2
+    assert "has no kind 'flux-blocks', so it is not written over" in capsys.readouterr().err
+    assert other.read_text() == '{"kind": "flux-forward"}'

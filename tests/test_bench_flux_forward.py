@@ -1,4 +1,5 @@
-"""The states in which bench_flux_forward.py times one transformer, and what becomes of each."""
+"""The states in which bench_flux_forward.py times one transformer, what becomes of each, and of
+FLUX's figures in the README."""
 
 from __future__ import annotations
 
@@ -19,6 +20,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import bench_flux_forward  # noqa: E402
 import flux_forward  # noqa: E402
+import flux_report  # noqa: E402
+import flux_results  # noqa: E402
+import report  # noqa: E402
 from flux_forward import COMPILED, EAGER, FP8, FUSED, FUSED_COMPILED, ROLLOUT, TORCHAO  # noqa: E402
 from flux_shapes import SIZES, new_transformer, transformer_inputs  # noqa: E402
 
@@ -96,7 +100,7 @@ def test_a_batch_is_timed_and_torchao_after_it(
 def test_what_fails_is_slow_or_wrong_is_not_timed(
     forward: flux_forward.Forward, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward.options.compile_seconds = 0.2
+    forward.options.compile_seconds = 1.0
     broken = {COMPILED: lambda i: time.sleep(30), FUSED: lambda i: 1 // 0,
               FP8: lambda i: torch.full((1, 16, 16), torch.nan)}  # fmt: skip
     variant = forward.variant
@@ -105,7 +109,7 @@ def test_what_fails_is_slow_or_wrong_is_not_timed(
     row = forward.measure(1, lambda text: None)
     assert list(row["variants"]) == [EAGER, FUSED_COMPILED, ROLLOUT]
     assert row["errors"] == {
-        COMPILED: "Late: not compiled within 0.2 s",
+        COMPILED: "Late: not compiled within 1 s",
         FUSED: "ZeroDivisionError: integer division or modulo by zero",
         FP8: "disagrees with eager by inf",
     }
@@ -126,3 +130,106 @@ def test_peak_memory_is_the_weights_and_what_a_forward_adds(
     assert forward.peak(plain, 200) == forward.weights + forward.fp8.nbytes + 1500  # a graph's
     plain.name = TORCHAO
     assert forward.peak(plain, None) == 1700
+
+
+# The README
+
+SPREAD = {"median": 2.5, "low": 2.4, "high": 2.6}
+BLOCK = {
+    "case": "gelu_tanh-forward-flux", "task": "gelu_tanh", "shape": "12 × 2025 × 12288",
+    "dtype": "bfloat16", "backward": False, "ours": "ours (triton)", "bytes": 1_194_393_600,
+    "rounds": 21, "errors": {}, "copy": {"bytes": 2**30, "seconds": 2**30 / 2e12},
+    "variants": {
+        name: {"seconds": seconds, "wall_seconds": 1e-3, "gb_per_second": 1500 / times,
+               "copy_fraction": 0.75 / times, "timer": "graph", "launches": 1,
+               "over_ours": {"median": times}}
+        for name, seconds, times in (
+            ("eager", 1.2e-3, 1.5), ("torch.compile", 0.72e-3, 0.9), ("ours (triton)", 0.8e-3, 1.0),
+        )
+    },
+}  # fmt: skip
+WAY = {"seconds": 2.0, "tflops": 311.0, "speedup": {"median": 1.0}, "peak_bytes": 30e9,
+       "away_from_eager": 0.0, "interleaved": True}  # fmt: skip
+FORWARD_ROW = {
+    "case": "forward-flux-b12", "batch": 12, "tokens": 2537, "flops": 10**15, "rounds": 7,
+    "errors": {COMPILED: "Late: not compiled within 120 s"},
+    "variants": {
+        EAGER: WAY, FUSED: WAY | {"seconds": 0.8, "speedup": SPREAD, "away_from_eager": 0.0123},
+        TORCHAO: WAY | {"interleaved": False, "speedup": {"median": 1.7}},
+    },
+}  # fmt: skip
+
+
+def on_a_card(kind: str) -> dict:
+    """What either benchmark would have written on a GPU."""
+    row = BLOCK if kind == flux_results.BLOCKS else FORWARD_ROW
+    packages = {name: "9.8.7" for name in ("python", "torch", "g2rpo", "cuda", "triton",
+                                           "diffusers", "torchao")}  # fmt: skip
+    return {
+        "kind": kind, "size": "flux", "device": "cuda", "versions": packages,
+        "machine": {"name": "A Card", "driver": "1.2"}, "date": "2031-01-02", "commit": "abc",
+        "cases": [row], "left_out": [{"what": "a case", "why": "no time"}],
+        "errors": {FUSED: {"float32": 0.00456, "eager": 0.00789}},
+    }  # fmt: skip
+
+
+class Readme:
+    """A README of markers alone, and report.py upon it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "README.md"
+        names = ("bench", *flux_report.SECTIONS)
+        self.path.write_text("".join(f"<!-- {n}:begin -->\n<!-- {n}:end -->\n" for n in names))
+
+    def report(self, *arguments: str) -> int:
+        return report.main(["--results", str(self.folder), "--readme", str(self.path), *arguments])
+
+    def section(self, kind: str) -> str:
+        return self.path.read_text().split(f"<!-- {kind}:begin -->")[1].split("<!--")[0]
+
+
+def test_a_card_gets_into_the_readme(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    readme = Readme(tmp_path)
+    files = {kind: tmp_path / f"{kind}.json" for kind in flux_report.SECTIONS}
+    assert readme.report() == 0 and readme.report("--check") == 0
+    for kind, file in files.items():
+        assert "**Not yet measured on a GPU.**" in readme.section(kind)
+        assert f"results/{kind}-<gpu>.json" in readme.section(kind)
+        file.write_text(json.dumps(on_a_card(kind)))
+        assert readme.report("--check") == 1  # each counts by itself
+        assert readme.report() == 0 and readme.report("--check") == 0
+        assert "**A Card.** driver 1.2; torch 9.8.7," in readme.section(kind)
+        assert "Not yet measured" not in readme.section(kind)
+        assert "- a case: no time" in readme.section(kind)
+    blocks, forward = map(readme.section, files)
+    assert (
+        "| `gelu_tanh` | fwd | 12 × 2025 × 12288 | 1.2 ms | 720 µs | **800 µs** | 1.5× | 0.9× | "
+        "1194 | 1500 | 75 % | 1 → 1 |"
+    ) in blocks
+    assert "<summary>Goals: 0 of 2 reached" in blocks and "MISSED: 0.75 of the copy" in blocks
+    assert f"| 12 | {FUSED} | 800 ms | 311 | 2.5× | 30.0 GB | 0.012 |" in forward
+    assert f"| 12 | {TORCHAO} | 2 s | 311 | 1.7× (other rounds) |" in forward
+    assert f"- forward-flux-b12, {COMPILED}: Late: not compiled" in forward
+    assert f"| {FUSED} | 0.00456 | 0.00789 |" in forward and "2537 tokens" in forward
+    assert f"- batch 12, {FUSED} reached: 2.50 x eager, goal 1.6" in forward
+    assert "<summary>Goals: 1 of 2 reached" in forward
+
+
+@pytest.mark.parametrize("kind", list(flux_report.SECTIONS))
+def test_what_does_not_get_into_the_readme(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    readme, file = Readme(tmp_path), tmp_path / "card.json"
+    for change, why in (
+        ({"size": "toy"}, "toy size on cuda; expected flux on cuda"),
+        ({"size": "toy", "device": "cpu"}, "toy size on cpu"),
+        ({"device": "cpu"}, "flux size on cpu"),
+        ({"cases": []}, "no case was measured"),
+    ):
+        file.write_text(json.dumps(on_a_card(kind) | change))
+        assert readme.report() == 0 and "Not yet measured" in readme.section(kind)
+        assert f"left alone: card.json ({why}" in capsys.readouterr().out
+    for lost in ('"rounds"', '"seconds"', '"versions"'):
+        file.write_text(json.dumps(on_a_card(kind)).replace(lost, '"nothing"'))
+        assert readme.report() == 2
+        assert f"lacks {lost[1:-1]}; measure again" in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+MARKERS = [  # of each of the README's sections
+    tuple(mark.format(name) for mark in ("<!-- {}:begin -->", "<!-- {}:end -->"))
+    for name in ("bench", "flux-blocks", "flux-forward")
+]
+BEGIN, END = MARKERS[0]
+EMPTY = "\n".join(mark for pair in MARKERS for mark in pair) + "\n"
 sys.path.append(str(ROOT / "benchmarks"))
 
 import goals  # noqa: E402
@@ -66,17 +74,18 @@ def test_a_run_writes_what_report_reads(file: Path, tmp_path: Path, capsys) -> N
 
     (file.parent / "other.json").write_text("{}")
     readme = tmp_path / "README.md"
-    readme.write_text(f"# Title\n\n{report.BEGIN}\nold\n{report.END}\n\nrest\n")
+    others = EMPTY.replace(f"{BEGIN}\n{END}\n", "")
+    readme.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nrest\n{others}")
     arguments = ["--results", str(file.parent), "--readme", str(readme), "--docs", str(tmp_path)]
     assert report.main([*arguments, "--check"]) == 1
     assert report.main(arguments) == 0
     once = readme.read_text()
     assert report.main([*arguments, "--check"]) == 0
     assert report.main(arguments) == 0 and readme.read_text() == once
-    assert once.startswith("# Title\n") and once.endswith(f"{report.END}\n\nrest\n")
+    assert once.startswith("# Title\n") and f"{END}\n\nrest\n{MARKERS[1][0]}\n" in once
     assert "Not yet measured on a GPU" in once and "| `policy_loss` | fwd + bwd |" in once
     assert "4 × 12 × 16 × 4" in once and "old" not in once
-    assert "left alone: other.json" in capsys.readouterr().out
+    assert "left alone: other.json (of another kind)" in capsys.readouterr().out
     assert (tmp_path / report.plot_name(content)).stat().st_size > 10_000
 
 
@@ -94,11 +103,17 @@ def test_a_gpu_file_takes_the_place_of_not_yet_measured(file: Path) -> None:
     assert "3 → 3" in text and "bench-a-card.png" in text and "CUDA graph" in text
 
 
-@pytest.mark.parametrize("readme", ["", f"{report.END}\n{report.BEGIN}\n", report.BEGIN * 2])
-def test_a_readme_without_its_markers_is_refused(readme: str, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("mark", [begin for begin, _ in MARKERS])
+@pytest.mark.parametrize("spoil", [
+    lambda mark: "", lambda mark: f"{mark}\n{mark}",
+    lambda mark: f"{mark.replace('begin', 'end')}\n{mark}",
+])  # fmt: skip
+def test_a_readme_without_its_markers_is_refused(spoil, mark: str, tmp_path: Path, capsys) -> None:
+    end = mark.replace("begin", "end")
+    readme = EMPTY.replace(f"{mark}\n{end}", spoil(mark))
     (tmp_path / "README.md").write_text(readme)
     assert report.main(["--results", str(tmp_path), "--readme", str(tmp_path / "README.md")]) == 2
-    assert report.BEGIN in capsys.readouterr().err
+    assert f"expected one line {mark}" in capsys.readouterr().err
     assert (tmp_path / "README.md").read_text() == readme
 
 
@@ -114,7 +129,7 @@ def test_a_spoiled_file_is_refused(spoil, message: str, file: Path, capsys) -> N
     with pytest.raises(results.ResultsError, match=message):
         results.load(file)
     readme = file.parent / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    readme.write_text(EMPTY)
     assert report.main(["--results", str(file.parent), "--readme", str(readme)]) == 2
     assert file.name in capsys.readouterr().err
 
@@ -138,6 +153,7 @@ def test_a_limit_leaves_cases_out_and_says_so(tmp_path: Path) -> None:
     assert content["cases"] == [] and "--limit" in content["left_out"][0]["why"]
     with pytest.raises(results.ResultsError, match="hold no case"):
         report.markdown(content)
+    assert report.load_folder(tmp_path)["flow-ops"] == []
 
 
 @pytest.mark.parametrize("arguments", [["--shapes", "flux9"], ["--dtypes", "float64"],
@@ -151,56 +167,148 @@ def test_wrong_options_are_refused(arguments: list[str], tmp_path: Path, capsys)
     assert not (tmp_path / "x.json").exists()
 
 
-def test_goals_are_judged_by_the_measured_ratio() -> None:
-    def row(median: float) -> dict:
-        return {"case": "sde_step[seeds]-forward-flux720-float32", "ours": "ours (cpu)",
-                "variants": {"eager": {"over_ours": {"median": median}}}}  # fmt: skip
+class Card:
+    """A GPU on which every command is written down and `run` instead of being run."""
 
-    for median, verdict in ((3.2, "reached: 3.20 x eager"), (2.9, "MISSED: 2.90 x eager")):
-        content = {"device": "cpu", "cases": [row(median)],
-                   "calls": {"microseconds": {"normal forward": 5.0}}}  # fmt: skip
-        text = "\n".join(goals.verdicts(content))
-        assert verdict in text and "not measured" in text
-        assert "reached: 5.0 us at most (normal), goal 12" in text
+    def __init__(self, patch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.path, self.commands, self.run = folder / "mine.json", [], {}
+        cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda: (9, 0))
+        patch.setattr(gpu_check, "torch", SimpleNamespace(cuda=cuda, __version__="2"))
+        patch.setattr(gpu_check.doctor, "gpus", lambda: (["A Card"], ""))
+        patch.setattr(gpu_check, "build", lambda limit: {"did": "nothing", "why": "no nvcc"})
+        patch.setattr(gpu_check, "call", self.call)
+        patch.setattr(results, "machine", lambda device: {"name": "A Card", "driver": "1"})
+        patch.setattr(results, "versions", lambda device: {
+            "python": "3", "torch": "2", "g2rpo": "0", "cuda": "13", "triton": "3"})  # fmt: skip
+
+    def call(self, command: list[str], limit: float, **variables: str):
+        name = "pytest" if "pytest" in command else Path(command[1]).stem
+        self.commands.append((name, command, limit))
+        code = self.run[name]() if name in self.run else 0
+        return code, 1.0, f"begun\nend of {name}"
+
+    def check(self, *arguments: str) -> int:
+        self.commands.clear()
+        return gpu_check.main(["--results", str(self.path), *arguments])
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, *_ in self.commands]
+
+    @property
+    def parts(self) -> dict[str, dict]:
+        return results.load(self.path)["parts"]
 
 
-def test_gpu_check_writes_every_part(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    """A run whose benchmarks die once goes on without the case that they died in."""
-    path, commands = tmp_path / "card.json", []
-    cuda = SimpleNamespace(is_available=lambda: True, get_device_capability=lambda: (9, 0))
-    monkeypatch.setattr(gpu_check, "torch", SimpleNamespace(cuda=cuda, __version__="2"))
-    monkeypatch.setattr(gpu_check.doctor, "gpus", lambda: (["A Card"], ""))
-    monkeypatch.setattr(results, "machine", lambda device: {"name": "A Card", "driver": "1"})
-    monkeypatch.setattr(results, "versions", lambda device: {
-        "python": "3", "torch": "2", "g2rpo": "0", "cuda": "13", "triton": "3"})  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--results", str(path), "--rounds", "3"])
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Card:
+    return Card(monkeypatch, tmp_path)
 
-    def call(command: list[str], limit: float, **variables: str) -> tuple[int, float, str]:
-        commands.append(command)
-        if "benchmarks/run.py" not in command:
-            return 0, 1.0, "12 passed"
-        store = results.Store(path, "cuda", resume=True)
+
+def test_gpu_check_goes_on_without_the_case_that_killed_it(file: Path, card: Card, capsys) -> None:
+    def ops() -> int:
+        store = results.Store(card.path, "cuda", resume=True)
         if "died" not in str(store.content["left_out"]):
             store.begin("died")
-            return -6, 1.0, "CUDA error"
+            return -6
         for row in results.load(file)["cases"]:
             store.add(row)
-        return 0, 1.0, "goals"
+        return 0
 
-    monkeypatch.setattr(gpu_check, "call", call)
-    assert gpu_check.main() == 0
-    content = results.load(path)
-    assert [c[1] if c[1].endswith("run.py") else c[2] for c in commands][-2:] == [
-        "benchmarks/run.py"] * 2  # fmt: skip
-    assert all(["--rounds", "3"] == c[-4:-2] for c in commands[-2:])
-    assert content["parts"]["tests"]["end"] == "12 passed" and len(content["cases"]) == 2
-    assert content["left_out"] == [
-        {"what": "died", "why": "the process ended while it was measured"}
-    ]
-    assert "A Card" in report.markdown(content)
-    assert "written to" in capsys.readouterr().out
+    codes = [-6, 0]
+    card.run = {"run": ops, "bench_flux_forward": lambda: codes.pop(0)}
+    assert card.check("--rounds", "3") == 0 and codes == []
+    assert card.names == ["pytest", "run", "run", *["bench_flux_forward"] * 2, "bench_blocks"]
+    for _, command, _ in card.commands[1:3]:
+        assert command[-5:-1] == ["--rounds", "3", "--resume", "--limit"]
+    for name, command, limit in card.commands[3:]:
+        assert command[-2] == "--seconds" and 0 < float(command[-1]) < limit and "3" not in command
+        kind = {"bench_blocks": "flux-blocks"}.get(name, "flux-forward")
+        output = card.path.parent / f"{kind}-a-card.json"
+        assert command[command.index("--output") + 1] == str(output)
+    resumed = ["--resume" in command for _, command, _ in card.commands[3:]]
+    assert resumed == [False, True, False]  # a new run measures anew, what has died goes on
+    content = results.load(card.path)
+    assert list(content["parts"]) == ["build", "tests", "ops", "flux-forward", "flux-blocks"]
+    assert len(content["cases"]) == 2 and "A Card" in report.markdown(content)
+    assert [item["what"] for item in content["left_out"]] == ["died"]
+    lines = capsys.readouterr().out.splitlines()
+    closing = {line.split()[0]: line for line in lines if line.split()[:1] and ";" in line}
+    assert closing["build"].endswith("nothing; no nvcc")
+    assert closing["ops"].endswith("run.py; exit code 0; end of run")
+    assert closing["flux-blocks"].endswith("bench_blocks.py; exit code 0; end of bench_blocks")
+
+
+def test_gpu_check_keeps_what_other_parts_had(file: Path, card: Card, capsys) -> None:
+    def ops() -> int:
+        results.Store(card.path, "cuda", resume=True).add(results.load(file)["cases"][0])
+        return 0
+
+    card.run = {"run": ops, "bench_blocks": lambda: None, "bench_flux_forward": lambda: 3}
+    assert card.check("--only", "ops", "tests") == 0 and card.names == ["pytest", "run"]
+    assert "flux-blocks    not done" in capsys.readouterr().out
+    assert card.check("--only", "flux-blocks", "--limit", "50", "--no-compile") == 1
+    ((name, command, limit),) = card.commands
+    assert name == "bench_blocks" and 49 < limit <= 50 and "--no-compile" in command
+    assert "bench_blocks.py; out of time; end of" in capsys.readouterr().out
+    assert len(results.load(card.path)["cases"]) == 1  # those of the ops are left alone
+    assert card.parts["tests"]["end"] and card.parts["flux-blocks"]["code"] is None
+    assert card.check("--only", "flux-forward", "--resume") == 1
+    assert card.names == ["bench_flux_forward"] and "--resume" in card.commands[0][1]
+    card.run = {"run": lambda: 0}
+    assert card.check("--only", "ops", "--resume") == 0
+    assert len(results.load(card.path)["cases"]) == 1
+    assert card.check("--only", "ops") == 0  # measures anew
+    assert results.load(card.path)["cases"] == [] and set(card.parts) > {"tests", "flux-forward"}
+    card.path.write_text("{}")
+    assert card.check() == 2 and card.names == []
+    assert "mine.json has no kind 'flow-ops'" in capsys.readouterr().err
+
+
+def test_gpu_check_skips_what_a_missing_package_forbids(
+    card: Card, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    find = importlib.util.find_spec
+    lost = {"diffusers"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: (
+        None if name in lost else find(name)))  # fmt: skip
+    assert card.check() == 0 and card.names == ["pytest", "run"]
+    said = capsys.readouterr().out
+    assert said.count("nothing; diffusers is not installed: pip install diffusers") == 2
+    assert "tests/test_flux_rollout.py left out: diffusers not installed" in said
+    assert not any("flux_rollout" in word for word in card.commands[0][1])
+    lost.add("pytest")
+    assert card.check("--only", "tests") == 0 and card.names == []
+    assert "tests          nothing; pytest is not installed" in capsys.readouterr().out
+
+
+def test_gpu_check_begins_without_diffusers() -> None:
+    code = "import sys; sys.modules['diffusers'] = None; import gpu_check, run, report; print(1)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks",
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.stdout == "1\n", done.stderr
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--only", "tests", "block"], "'block'; expected some of build, tests, ops, flux-forward, "),
+    (["--only", "tests", "--rounds", "3"], "--rounds 3: for benchmarks/run.py"),
+    (["--limit", "0"], "--limit: 0; expected seconds > 0"),
+])  # fmt: skip
+def test_gpu_check_refuses(arguments: list[str], message: str, card: Card, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        card.check(*arguments)
+    assert message in capsys.readouterr().err and not card.path.exists()
+
+
+def test_gpu_check_runs_every_test_of_a_backend() -> None:
+    """Those that take the `target` fixture, and those that are skipped without a GPU."""
+    found = {
+        path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")
+        if re.search(r"(target: Target\))|(^@pytest.mark.skipif\(not torch.cuda)",
+                     path.read_text(), re.MULTILINE)
+    }  # fmt: skip
+    assert {"block_attention", "flux_rollout"} <= found and found <= set(gpu_check.TESTS)
+    assert all((ROOT / f"tests/test_{name}.py").is_file() for name in gpu_check.TESTS)
 
 
 def test_a_part_out_of_time_is_stopped_with_its_workers(capsys) -> None:

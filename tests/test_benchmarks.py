@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import eager  # noqa: E402
+import goals  # noqa: E402
 import measure  # noqa: E402
 import run  # noqa: E402
 import timing  # noqa: E402
@@ -233,6 +234,19 @@ def test_what_is_wrong_or_fails_is_not_timed(monkeypatch: pytest.MonkeyPatch) ->
             row = ready.measure()
         assert row["ours"] is None and list(row["variants"]) == [measure.EAGER]
         assert all(why in row["errors"][name] for name in row["errors"]) and row["errors"]
+
+
+def test_goals_are_judged_by_the_measured_ratio() -> None:
+    def row(median: float) -> dict:
+        return {"case": "sde_step[seeds]-forward-flux720-float32", "ours": "ours (cpu)",
+                "variants": {"eager": {"over_ours": {"median": median}}}}  # fmt: skip
+
+    for median, verdict in ((3.2, "reached: 3.20 x eager"), (2.9, "MISSED: 2.90 x eager")):
+        content = {"device": "cpu", "cases": [row(median)],
+                   "calls": {"microseconds": {"normal forward": 5.0}}}  # fmt: skip
+        text = "\n".join(goals.verdicts(content))
+        assert verdict in text and "not measured" in text
+        assert "reached: 5.0 us at most (normal), goal 12" in text
 
 
 def test_eager_advantages_are_a_loop_over_prompts() -> None:
