@@ -3,13 +3,12 @@
 It is needed most where something is missing, so it imports nothing at the top but the standard
 library, and everything else where it is probed. A probe returns what it found or the reason it
 found nothing; a package that is installed but cannot be imported is shown with its error.
+The packages are in doctor_packages.py.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -18,11 +17,11 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import __version__
+from .doctor_packages import PACKAGES, TRAIN, Found, Package, first_line, probe
 
 USAGE = """\
 usage: g2rpo doctor [--fp8 [PRESET|FILE.yaml --group.key value ...]]
@@ -30,87 +29,15 @@ usage: g2rpo doctor [--fp8 [PRESET|FILE.yaml --group.key value ...]]
 Says what this machine has, which backends the ops run on and why, and what is missing for which
 feature, with the command that gets it. Exit code 0 when the ops can run."""
 
-TRAIN = "pip install 'g2rpo[train]'"
-TEST = "pip install 'g2rpo[test,bench]'"
 REBUILD = "G2RPO_BUILD=auto pip install --editable . --no-deps --no-build-isolation"
-
-
-@dataclass(frozen=True)
-class Package:
-    """A package that some feature needs. `uses`: a name behind which its lazy import waits."""
-
-    module: str
-    needed_for: str
-    get: str
-    distribution: str = ""
-    uses: str = ""
-
-
-@dataclass(frozen=True)
-class Found:
-    """What there is of a package: no version means not installed, an error that it is broken."""
-
-    version: str | None = None
-    error: str = ""
-
-    @property
-    def works(self) -> bool:
-        return self.version is not None and not self.error
-
-
-PACKAGES = (
-    Package("diffusers", "training", TRAIN, uses="FluxTransformer2DModel"),
-    Package("tokenizers", "training: the miniature FLUX", TRAIN),
-    Package("transformers", "training: FLUX's text encoders", TRAIN, uses="T5EncoderModel"),
-    Package("accelerate", "training", TRAIN),
-    Package("safetensors", "training: checkpoints", TRAIN),
-    Package("huggingface_hub", "training: FLUX from the hub", TRAIN),
-    Package("peft", "training: LoRA", TRAIN),
-    Package("jsonargparse", "training: configuration", TRAIN),
-    Package("yaml", "training: configuration", TRAIN, "PyYAML"),
-    Package("numpy", "training", TRAIN),
-    Package("filelock", "training: one process a run", TRAIN),
-    Package("platformdirs", "training: the digits model's cache", TRAIN),
-    Package("sklearn", "training digits: scans and judges", TRAIN, "scikit-learn"),
-    Package("threadpoolctl", "training digits: the same bits everywhere", TRAIN),
-    Package("matplotlib", "training: curves.png", TRAIN),
-    Package("PIL", "training: grids of samples", TRAIN, "pillow"),
-    Package("jinja2", "training: report.html", TRAIN),
-    Package("rich", "training: progress", TRAIN),
-    Package("triton", "the triton backend, on GPUs", "comes with torch's CUDA builds for Linux"),
-    Package("flash_attn", "a coming version", "pip install 'g2rpo[flash]'", "flash-attn"),
-    Package("bitsandbytes", "a coming version", "pip install 'g2rpo[bnb]'"),
-    Package("torchao", "a coming version", "pip install torchao"),
-    Package("tensorboard", "train.tracker tensorboard", "pip install tensorboard"),
-    Package("wandb", "train.tracker wandb", "pip install wandb"),
-    Package("trackio", "train.tracker trackio", "pip install trackio"),
-    Package("pytest", "tests", TEST),
-    Package("pytest_benchmark", "benchmarks under pytest", TEST, "pytest-benchmark"),
-)
 # No feature needs it, but transformers imports it where it is installed.
 TORCHVISION = Package("torchvision", "nothing", "pip uninstall torchvision")
-
-
-def first_line(error: BaseException) -> str:
-    text = next(iter(str(error).strip().splitlines()), "")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def probe(package: Package, load: Callable = importlib.import_module) -> Found:
-    """Import a package for real: that it is installed does not mean that it works here."""
-    if package.module not in sys.modules and importlib.util.find_spec(package.module) is None:
-        return Found()
-    try:
-        version = importlib.metadata.version(package.distribution or package.module)
-    except importlib.metadata.PackageNotFoundError:
-        version = "of unknown version"
-    try:
-        module = load(package.module)
-        if package.uses:
-            getattr(module, package.uses)
-    except Exception as error:  # an ImportError, or whatever its initialisation raises
-        return Found(version, first_line(error))
-    return Found(version)
+# What `gk.fp8_support` answers, in words; its reason follows.
+FP8_KINDS = {
+    "rowwise": "rowwise, scales inside the product: ",
+    "tensorwise": "tensorwise, scales after the product, which costs a pass more: ",
+    "none": "none, rollout.precision 'fp8' is refused: ",
+}
 
 
 def run(*command: str) -> tuple[str, str]:
@@ -204,6 +131,22 @@ def build_facts(folder: Path) -> list[tuple[str, str]]:
     rows += [(f"without {item['what']}", item["why"]) for item in facts.get("left_out", [])]
     if facts.get("left_out"):
         rows.append(("to rebuild", f"from a checkout: {REBUILD}"))
+    return rows
+
+
+def fp8_products(gpus: int) -> list[tuple[str, str]]:
+    """How FP8 completions would multiply, a line a GPU."""
+    import g2rpo_kernels as gk
+
+    if not gpus:
+        return [("CPU", "emulated, exactly and slowly: without a GPU they are for tests")]
+    rows = []
+    for i in range(gpus):
+        try:
+            kind, reason = gk.fp8_support(f"cuda:{i}")
+        except RuntimeError as error:  # of the GPU, which the other lines are to outlive
+            kind, reason = "none", first_line(error)
+        rows.append((f"GPU {i}", FP8_KINDS[kind] + reason))
     return rows
 
 
@@ -311,6 +254,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     statuses = gk.backends()
     show("backends of the ops", [(name, backend_text(s, bool(lines)))
                                  for name, s in statuses.items()])  # fmt: skip
+    show("FP8 products, for rollout.precision 'fp8'", fp8_products(len(lines)))
     show("native build", build_facts(Path(gk.__file__).parent))
 
     found = {package.module: probe(package) for package in PACKAGES}

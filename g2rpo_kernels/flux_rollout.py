@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adaln_modulate import adaln_modulate
-from .flux import blocks_of, is_fused
+from .flux import blocks_of, fused_blocks
 from .flux_blocks import norms_of
 
 MODES = ("eager", "compile", "graph")
@@ -63,8 +63,7 @@ class FluxRollout:
         mode: str = "eager",
         on_eager: Callable[[str], None] | None = None,
     ) -> None:
-        if not all(is_fused(block) for block in blocks_of(transformer)):
-            raise ValueError("transformer is not fused; expected what fuse_flux has returned")
+        fused_blocks(transformer)  # raises
         if mode not in MODES:
             raise ValueError(f"mode is {mode!r}; expected one of {MODES}")
         device = image_ids.device

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .adaln_modulate import adaln_modulate
-from .flux import blocks_of, is_fused
+from .flux import fused_blocks
 from .flux_blocks import EPS, attend, in_range, is_double, modulations
 from .fp8_linear import fp8_linear, fp8_support
 from .gated_residual import gated_residual, gated_residual_modulate
@@ -63,9 +63,7 @@ class Fp8Rollout:
     """
 
     def __init__(self, transformer: nn.Module, emulate: bool = False) -> None:
-        blocks = blocks_of(transformer)
-        if not all(is_fused(block) for block in blocks):
-            raise ValueError("transformer is not fused; expected what fuse_flux has returned")
+        blocks = fused_blocks(transformer)
         device = next(transformer.parameters()).device
         support = fp8_support(device)
         if support.kind == "none" and not emulate:

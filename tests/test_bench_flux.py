@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
 import bench_blocks  # noqa: E402
-import bench_flux_forward  # noqa: E402
 import flux_ops  # noqa: E402
 import flux_results  # noqa: E402
 import measure  # noqa: E402

@@ -103,6 +103,49 @@ def test_no_gpu_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines == [] and torch.__version__ in why
 
 
+def test_how_fp8_multiplies_on_each_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    answers = [
+        gk.Fp8Support("rowwise", "torch takes a scale a row"),
+        gk.Fp8Support("tensorwise", "torch takes no scale a row: why"),
+        gk.Fp8Support("none", "its compute capability is 8.0"),
+        RuntimeError("CUDA error: this one is broken\nmore"),
+    ]
+
+    def support(device: str) -> gk.Fp8Support:
+        answer = answers[int(device.removeprefix("cuda:"))]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(gk, "fp8_support", support)
+    rows = doctor.fp8_products(4)
+    assert [name for name, _ in rows] == ["GPU 0", "GPU 1", "GPU 2", "GPU 3"]
+    kinds = ["rowwise", "tensorwise", "none", "none"]
+    reasons = [answer.reason for answer in answers[:3]]
+    reasons.append("RuntimeError: CUDA error: this one is broken")
+    for (_, text), kind, reason in zip(rows, kinds, reasons, strict=True):
+        assert text.startswith(kind) and text.endswith(f": {reason}")
+    fast(monkeypatch)
+    monkeypatch.setattr(doctor, "gpus", lambda: (["A Card", "Another"], ""))
+    monkeypatch.setattr(doctor, "try_ops", lambda device: "")
+    assert doctor.main() == 0
+    out = capsys.readouterr().out
+    title = out.index("\nFP8 products, for rollout.precision 'fp8'\n")
+    assert title < out.index("  GPU 0  rowwise") < out.index("  GPU 1  tensorwise")
+
+
+def test_fp8_without_a_gpu_is_emulated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    fast(monkeypatch)
+    monkeypatch.setattr(doctor, "gpus", lambda: ([], "none"))
+    assert doctor.main() == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^  CPU  emulated, exactly and slowly: .* for tests$", out, re.M)
+
+
 def test_ops_are_tried_and_what_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.try_ops("cpu") == ""
 

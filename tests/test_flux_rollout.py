@@ -198,7 +198,7 @@ def test_engines_of_the_trainer(graph_mode):
 
 
 def test_engines_that_are_refused():
-    with pytest.raises(ConfigurationError, match="rollout.engine is 'graph'; expected .* model.fuse"):
+    with pytest.raises(ConfigurationError, match="engine is 'graph'; expected .* model.fuse"):
         trainer_with("graph", fuse=False)
     with pytest.raises(ConfigurationError, match="'graph' and model.device 'cpu'; expected a CUDA"):
         trainer_with("graph")

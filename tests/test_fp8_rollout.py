@@ -11,6 +11,8 @@ from tiny import TinyModel, brightness, contrast, tiny_config
 import g2rpo_kernels as gk
 from g2rpo.errors import ConfigurationError
 from g2rpo.fp8_gate import lines, measure
+from g2rpo.metrics import size
+from g2rpo.policy import fp8_rollout
 from g2rpo.rewards import Reward
 from g2rpo.trainer import Trainer
 
@@ -231,3 +233,34 @@ def test_the_command_of_the_gate(tmp_path, monkeypatch, capsys):
     assert "emulated, for want of hardware" in out and "over 3 updates" in out
     assert "rank agreement of brightness" in out and "rollout to update exactly 0" in out
     assert cli.main(["doctor", "--fp8", str(path), "--objective.stepping", "per_position"]) == 2
+
+
+@pytest.mark.parametrize("adapters", [False, True], ids=["full", "lora"])
+def test_copies_that_do_not_fit_are_not_called_bad_hardware(monkeypatch, adapters):
+    """The error says how many bytes they are; what the hardware lacks is another's."""
+    import peft
+
+    model = gk.fuse_flux(new_flux())
+    if adapters:
+        model.add_adapter(peft.LoraConfig(r=4, target_modules=["attn.to_q", "proj_mlp"]))
+    fp8 = gk.Fp8Rollout(model, emulate=True)
+    copies = [copy.whole for _, of_block in fp8._copies for copy in of_block.values()]
+    values = sum(whole.values.nbytes for whole in copies)
+
+    def failing(error: Exception):
+        def make(*arguments, **options):
+            raise error
+
+        return make
+
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8.60 GiB")
+    monkeypatch.setattr(gk, "Fp8Rollout", failing(full))
+    with pytest.raises(ConfigurationError) as raised:
+        fp8_rollout(model, torch.device("cuda", 0))
+    text = str(raised.value)
+    assert f"copies of the weights need {size(values)} on cuda:0" in text
+    assert "expected more free memory" in text and "Tried to allocate 8.60 GiB" in text
+    assert "this hardware" not in text and raised.value.__cause__ is full
+    monkeypatch.setattr(gk, "Fp8Rollout", failing(RuntimeError("no FP8 before 8.9")))
+    with pytest.raises(ConfigurationError, match="null on this hardware: no FP8 before 8.9"):
+        fp8_rollout(model, torch.device("cuda", 0))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import g2rpo_kernels as gk
 from g2rpo_kernels import joint_linear as joint
+from g2rpo_kernels.flux import blocks_of, is_fused
 
 TINY = {
     "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2,
@@ -251,6 +252,23 @@ def test_compiled_with_all_in_one_graph():
         assert error(found[twin], true[name]) <= 1e-5, name
 
 
+def test_gradients_under_autocast():
+    """Weights in float32, products in bfloat16: as near the float32 model as diffusers is."""
+    model = new_flux()
+    given = inputs(model)
+    true = run_and_gradients(model, given)
+
+    def autocast() -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return run_and_gradients(model, given)
+
+    theirs = autocast()
+    gk.fuse_flux(model)
+    ours = autocast()
+    for name in true:
+        assert error(ours[name], true[name]) <= 1.5 * error(theirs[name], true[name]), name
+
+
 def test_a_copy_is_fused_too():
     model = gk.fuse_flux(new_flux())
     given = inputs(model)
@@ -259,6 +277,22 @@ def test_a_copy_is_fused_too():
     with torch.no_grad():
         twin.transformer_blocks[0].attn.to_q.weight.zero_()
     assert not torch.equal(run(twin, given), run(model, given))
+
+
+def test_hooks_come_after_fusing():
+    """accelerate's replace a block's forward, past which the fused one would never run."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    late = new_flux()
+    add_hook_to_module(late.transformer_blocks[1], ModelHook())
+    with pytest.raises(ValueError, match="forward is replaced, as hooks of accelerate"):
+        gk.fuse_flux(late)
+    model = gk.fuse_flux(new_flux())
+    given = inputs(model)
+    before = run(model, given)
+    for block in blocks_of(model):
+        add_hook_to_module(block, ModelHook())
+    assert torch.equal(run(model, given), before)
 
 
 def test_what_is_refused():
@@ -272,6 +306,16 @@ def test_what_is_refused():
     odd = FluxTransformer2DModel(**{**TINY, "attention_head_dim": 24, "axes_dims_rope": (8, 8, 8)})
     with pytest.raises(ValueError, match="heads of 24; expected a multiple of 16"):
         gk.fuse_flux(odd)
+    changed = new_flux()
+    block = changed.single_transformer_blocks[1]
+    block.__class__ = type("MyBlock", (type(block),), {})
+    with pytest.raises(ValueError, match="a block of class MyBlock; expected diffusers' own class"):
+        gk.fuse_flux(changed)
+    wrapped = new_flux()
+    wrapped.transformer_blocks[0] = nn.Sequential(wrapped.transformer_blocks[0])
+    with pytest.raises(ValueError, match="a block of class Sequential; .* not yet wrapped"):
+        gk.fuse_flux(wrapped)
+    assert not any(is_fused(block) for each in (changed, wrapped) for block in blocks_of(each))
     given = inputs(model)
     with pytest.raises(RuntimeError, match="joint_attention_kwargs has .'ip_hidden_states'."):
         model(**given, joint_attention_kwargs={"ip_hidden_states": []})
