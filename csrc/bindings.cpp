@@ -2,10 +2,11 @@
 //
 // Both have the same functions with the same arguments, in the order of ops.h: addresses as
 // integers (0: not given), dtypes by number (the order of `Dtype`), last `device` and `stream`, which
-// the CPU ignores. g2rpo_kernels/native.py is their only caller.
+// the CPU ignores. g2rpo_kernels/native.py and native_optim.py are their only callers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -154,10 +155,25 @@ void define_group_advantages(py::module_& m) {
   });
 }
 
+template <auto Op>
+void define_adamw8bit(py::module_& m) {
+  m.def("adamw8bit", [](Address tensors, int64_t tensor_count, Address chunks, int64_t chunk_count,
+                        int64_t block_size, int param_dtype, int grad_dtype, int low_bytes,
+                        bool dynamic, bool zero_grad, const std::array<float, 9>& k, int device,
+                        Address stream) {
+    run<Op>(Adamw8bit{at<const AdamwTensor>(tensors), tensor_count, at<const int32_t>(chunks),
+                      chunk_count, block_size, static_cast<Dtype>(param_dtype),
+                      static_cast<Dtype>(grad_dtype), low_bytes, dynamic, zero_grad,
+                      {k[0], k[1], k[2], k[3], k[4], k[5], k[6], k[7], k[8]}},
+            device, stream);
+  });
+  m.attr("adamw_chunk") = adamw_chunk;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native flow-RL ops of g2rpo_kernels; called through g2rpo_kernels.native alone.";
+  m.doc() = "Native ops of g2rpo_kernels; called through its native and native_optim alone.";
   py::module_ on_cpu = m.def_submodule("cpu");
   define_step_mean<cpu::step_mean>(on_cpu);
   define_ode_step<cpu::ode_step>(on_cpu);
@@ -167,6 +183,7 @@ PYBIND11_MODULE(_C, m) {
   define_policy_loss<cpu::policy_loss>(on_cpu);
   define_log_prob_backward<cpu::log_prob_backward>(on_cpu);
   define_group_advantages<cpu::group_advantages>(on_cpu);
+  define_adamw8bit<cpu::adamw8bit>(on_cpu);
   on_cpu.def("variant", &cpu::variant, "The vector variant in use: avx512, avx2 or default.");
   on_cpu.def("philox", [](uint64_t counter, uint64_t seed) {  // for tests
     const Words w = philox(counter, seed);

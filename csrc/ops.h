@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "adamw8bit.h"
 #include "flow.h"
 
 namespace g2rpo {
@@ -94,6 +95,35 @@ struct GroupAdvantages {
   float* advantages;  // [groups * group_size, K]
 };
 
+// One parameter of AdamW8bit, flattened: B = ceil(count / block_size) blocks. Ten words of 8 bytes, as
+// g2rpo_kernels/optim.py writes them. On a GPU the array of them is in device memory.
+struct AdamwTensor {
+  void* param;                                // [count] of param_dtype
+  void* grad;                                 // [count] of grad_dtype
+  uint8_t *exp_avg, *exp_avg_sq;              // [count] codes
+  float *exp_avg_scale, *exp_avg_sq_scale;    // [B]
+  void* low_bits;                             // [count] of low_bytes
+  int64_t count;
+  int64_t first;   // index of its first element in the whole parameter, a multiple of 8
+  uint64_t seed;
+};
+
+constexpr int64_t adamw_chunk = 32768;  // elements; a multiple of every block_size
+
+// One step of parameters of one group and one set of dtypes, in one pass over all of them.
+struct Adamw8bit {
+  const AdamwTensor* tensors;
+  int64_t tensor_count;
+  const int32_t* chunks;  // [chunk_count, 2] of a GPU: tensor, and which adamw_chunk of it; or null
+  int64_t chunk_count;
+  int64_t block_size;             // a power of two, 64 to 1024
+  Dtype param_dtype, grad_dtype;  // param: float32 or bfloat16
+  int low_bytes;                  // 0, 1 or 2; 0 with float32
+  bool dynamic;                   // the code of the moments: Dettmers', or e4m3
+  bool zero_grad;                 // leave zeros in grad
+  AdamwConstants constants;
+};
+
 namespace cpu {
 
 void step_mean(const StepMean&);
@@ -104,6 +134,7 @@ void branch_log_prob(const BranchLogProb&);
 void policy_loss(const PolicyLoss&);
 void log_prob_backward(const LogProbBackward&);
 void group_advantages(const GroupAdvantages&);
+void adamw8bit(const Adamw8bit&);  // chunks are not used on the CPU
 
 const char* variant();  // the vector variant this machine runs: "avx512", "avx2" or "default"
 
@@ -126,6 +157,7 @@ const char* branch_log_prob(const BranchLogProb&, Stream);
 const char* policy_loss(const PolicyLoss&, Stream);
 const char* log_prob_backward(const LogProbBackward&, Stream);
 const char* group_advantages(const GroupAdvantages&, Stream);
+const char* adamw8bit(const Adamw8bit&, Stream);
 
 // Floats of scratch that sde_step, branch_log_prob and policy_loss need (extras: how many of
 // reference_velocity and old_velocity are given).

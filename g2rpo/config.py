@@ -202,6 +202,16 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW and gradient clipping."""
 
+    name: Literal["adamw", "adamw8bit", "adamw_streamed", "bitsandbytes", "torchao"] = "adamw"
+    """adamw: torch's, on the parameters as they are, for model.dtype float32. adamw8bit: bfloat16
+    weights, extra bits of a master, moments of 8 bits. adamw_streamed: float32 master and moments
+    in host memory, through the GPU in every step. Or the AdamW8bit of a package."""
+    master_bits: Literal[16, 24, 32] = 24
+    """adamw8bit: bits of a bfloat16 weight's master; stochastic rounding below, but for 32."""
+    codec: Literal["dynamic", "fp8"] = "dynamic"
+    """adamw8bit: code of its moments, bitsandbytes' dynamic one or e4m3."""
+    offload: bool = False
+    """adamw8bit: its states are in host memory during rollouts and evaluations."""
     lr: float = 2e-6
     """Learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -214,6 +224,14 @@ class OptimizerConfig:
     """Gradients are scaled down to this global L2 norm."""
 
     def validate(self) -> None:
+        for key, value, default in (
+            ("master_bits", self.master_bits, 24),
+            ("codec", self.codec, "dynamic"),
+            ("offload", self.offload, False),
+        ):
+            ok = self.name == "adamw8bit" or value == default
+            expected = f"{default!r}, or optimizer.name 'adamw8bit' with it"
+            _expect(f"optimizer.{key}", value, ok, expected)
         _expect("optimizer.lr", self.lr, self.lr > 0 and _finite(self.lr), "> 0")
         _expect("optimizer.betas", self.betas, all(0 <= b < 1 for b in self.betas), "in [0, 1)")
         _expect("optimizer.eps", self.eps, self.eps > 0 and _finite(self.eps), "> 0")

@@ -2,7 +2,7 @@
 
 For each SDE position one forward with gradients at x_k, a row a prompt and not one a branch; the
 clipped policy loss over its branches, and a KL divergence to the starting policy where that has a
-weight; then one step of AdamW, or one after every position.
+weight; then one step of AdamW, or one after every position. No gradient outlives it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor
 import g2rpo_kernels as gk
 
 from .config import Config
+from .optimizers import make_optimizer, modulation_linears
 from .policy import Conditions, FluxPolicy
 from .rollout import Branches
-from .weights import TrainedWeights
+from .weights import FullWeights, TrainedWeights
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Improvement:
     moved: bool  # whether any step moved the weights
     finite: bool  # whether every gradient was; one that is not moves nothing
     broken: list[int]  # rows (prompts) whose log-probabilities are not finite
+    broken_parameters: list[str]  # whose gradients are not, where the optimizer names them
 
 
 class Improver:
@@ -55,14 +57,13 @@ class Improver:
         self.on_evaluations = on_evaluations
         self.parameters = list(weights.parameters.values())
         self.max_grad_norm = config.optimizer.max_grad_norm
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=config.optimizer.lr,
-            betas=tuple(config.optimizer.betas),
-            eps=config.optimizer.eps,
-            weight_decay=config.optimizer.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(config.optimizer, weights.parameters, config.train.seed)
+        # Takes gradients as factors, and a scale that clips them as it steps.
+        self.eight_bit = config.optimizer.name == "adamw8bit"
+        self.offloads = config.optimizer.offload
+        if self.eight_bit and isinstance(weights, FullWeights):
+            gk.factor_gradients(modulation_linears(policy.transformer))
+        self.broken_parameters: dict[str, None] = {}  # of this update, in their order
         self.stepping = False  # a step has begun: the weights may be no update's
 
     def improve(
@@ -75,6 +76,7 @@ class Improver:
         losses: list[gk.PolicyLoss] = []
         norms: list[float] = []
         rows_of: list[slice] = []
+        self.broken_parameters = {}
         references = self._reference_velocities(chunks, conditions)
         self.optimizer.zero_grad(set_to_none=True)
         for index in range(len(self.positions)):
@@ -99,6 +101,7 @@ class Improver:
             moved=any(0 < norm < math.inf for norm in norms),
             finite=finite,
             broken=[] if finite else _broken_rows(losses, rows_of),
+            broken_parameters=list(self.broken_parameters),
         )
 
     def _reference_velocities(
@@ -148,14 +151,23 @@ class Improver:
 
     def _step(self) -> float:
         """Clip and step. A gradient that is zero or not finite moves nothing: it says nothing."""
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.parameters if p.grad is not None]
-        )
-        value = float(norm)
+        norm = gk.total_grad_norm(self.parameters)
+        value = float(norm)  # the one time that the host waits
+        if self.offloads and value != 0:
+            self.optimizer.restore()
         if 0 < value < math.inf:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-            self.stepping = True
-            self.optimizer.step()
+            if self.eight_bit:  # clips as it steps
+                scale = min(1.0, self.max_grad_norm / (value + 1e-6))
+                self.stepping = True
+                self.optimizer.step(grad_scale=scale)
+            else:
+                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+                self.stepping = True
+                self.optimizer.step()
+        elif value != 0 and self.eight_bit:  # skipped for such a scale, but counted and named
+            self.optimizer.step(grad_scale=value)
+            named = [n for n in self.optimizer.last_non_finite if n in self.weights.parameters]
+            self.broken_parameters.update(dict.fromkeys(named))
         self.optimizer.zero_grad(set_to_none=True)
         return value
 

@@ -39,6 +39,6 @@ def refuse(phase: str, reason: str) -> None:
     """Raise TrainingError: nothing can be made smaller."""
     raise TrainingError(
         f"out of memory in the phase {phase!r}, which no smaller batch could mend ({reason}); "
-        "expected more GPU memory, model.gradient_checkpointing, model.lora.rank > 0, model.dtype "
-        "bfloat16 or smaller images"
+        "expected more GPU memory, model.gradient_checkpointing, optimizer.name adamw8bit, "
+        "model.lora.rank > 0, model.dtype bfloat16 or smaller images"
     )

@@ -33,6 +33,7 @@ from .grids import sample_path, write_grid
 from .lock import alone
 from .metrics import MetricsLog, closing_line, write_beside
 from .models import be_deterministic, choose_device, load_model
+from .optimizers import rounds_to_nearest
 from .report import write_report
 from .rewards import Reward, import_reward, reward_name
 from .trackers import make_tracker
@@ -150,12 +151,17 @@ class _Run:
         self.trainer.on_phase = self.display.phase
         self.trainer.on_evaluations = self.display.advance
         self.trainer.on_message = self._say
-        if self.trainer.policy.dtype == torch.bfloat16 and config.model.lora.rank == 0:
+        if (
+            self.trainer.policy.dtype == torch.bfloat16
+            and config.model.lora.rank == 0
+            and rounds_to_nearest(config.optimizer.name)
+        ):
             self._say(
-                "model.dtype is bfloat16 and all weights are trained: of a step, what is smaller "
-                "than 1/512 of a weight is rounded away, which at optimizer.lr "
-                f"{config.optimizer.lr:g} is most of it. Expect little to move; model.dtype "
-                "float32 or model.lora.rank > 0 trains as it should"
+                "model.dtype is bfloat16, all weights are trained and optimizer.name is "
+                f"{config.optimizer.name}: of a step, what is smaller than 1/512 of a weight is "
+                f"rounded away, which at optimizer.lr {config.optimizer.lr:g} is most of it. "
+                "Expect little to move; optimizer.name adamw8bit, model.dtype float32 or "
+                "model.lora.rank > 0 trains as it should"
             )
         self.saved = 0  # update of the newest checkpoint that can be trusted
         self.finished = True  # its update's row stands in the log, evaluated if that was due

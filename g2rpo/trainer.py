@@ -229,6 +229,7 @@ class Trainer:
         Returns the branches by chunk of prompts, [J, B * G, K, *S] and [B, *S].
         """
         seed, device = self.config.train.seed, self.policy.device
+        self._offload()
         chunks = []
         for rows in row_slices(len(prompt_ids), self.anchor_batch):
             with self.phases("anchor"):
@@ -278,10 +279,12 @@ class Trainer:
                 self.skipped_updates += 1  # no group had spread: nothing to learn, nothing wrong
         if not result.finite:
             named = [prompts[i] for i in result.broken or range(len(prompts))]
+            of = _of(result.broken_parameters)
             if result.moved:  # some positions of per_position have stepped
-                self.on_message(f"Update {number}: {_not_finite(named, 'a gradient')}, left out")
+                text = _not_finite(named, f"a gradient{of}")
+                self.on_message(f"Update {number}: {text}, left out")
             else:
-                self._skip(number, named, "the loss" if result.broken else "the gradient")
+                self._skip(number, named, "the loss" if result.broken else f"the gradient{of}")
         return {
             **summarise_losses(result.losses, with_kl=bool(self.config.objective.kl)),
             "grad_norm": result.grad_norm,
@@ -299,6 +302,7 @@ class Trainer:
 
     def _evaluate(self) -> tuple[dict[str, Any], Tensor, list[str]]:
         self.phases.seconds = {}
+        self._offload()
         samples, every = self.config.train.evaluation_samples, self.sampler.prompts
         prompts = [every[i % len(every)] for i in range(samples)]
         average = self.average.applied() if self.average is not None else nullcontext()
@@ -307,6 +311,12 @@ class Trainer:
                 self.model, prompts, self.rewards, self.sigmas, self.branch_batch
             )
         return {**row, "seconds/evaluation": self.phases.seconds["evaluation"]}, images, prompts
+
+    def _offload(self) -> None:
+        """Make room for a rollout; the optimizer's step brings back what it needs."""
+        if self.config.optimizer.offload:
+            with self.phases("offload"):
+                self.improver.optimizer.offload()
 
     # Memory and time ----------------------------------------------------------------------------
 
@@ -336,6 +346,14 @@ class Trainer:
         self.on_evaluations(rows)
         if self.should_stop():
             raise Interrupted
+
+
+def _of(parameters: Sequence[str]) -> str:
+    """' of proj_out.weight, and 3 more'"""
+    if not parameters:
+        return ""
+    more = f", and {len(parameters) - 1} more" if len(parameters) > 1 else ""
+    return f" of {parameters[0]}{more}"
 
 
 def _not_finite(prompts: Sequence[str], what: str) -> str:

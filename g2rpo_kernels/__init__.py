@@ -20,9 +20,16 @@ from .fp8_linear import Fp8Support, fp8_linear, fp8_support
 from .fp8_rollout import Fp8Rollout
 from .gated_residual import gated_residual, gated_residual_modulate
 from .gelu_tanh import gelu_tanh, gelu_tanh_beside
+from .gradient_factors import (
+    GradientFactors,
+    factor_gradients,
+    total_grad_norm,
+    unfactor_gradients,
+)
 from .group_advantages import group_advantages
 from .normal import normal
 from .ode_step import ode_step
+from .optim import AdamW8bit
 from .policy_loss import PolicyLoss, policy_loss
 from .qk_norm_rope import qk_norm_rope
 from .quantize_fp8 import Fp8Tensor, dequantize, quantize_fp8, refresh_fp8
@@ -33,17 +40,20 @@ load_backends()
 
 __all__ = [
     "DYNAMICS",
+    "AdamW8bit",
     "BackendStatus",
     "FluxRollout",
     "Fp8Rollout",
     "Fp8Support",
     "Fp8Tensor",
+    "GradientFactors",
     "PolicyLoss",
     "StepCoefficients",
     "adaln_modulate",
     "backends",
     "branch_log_prob",
     "dequantize",
+    "factor_gradients",
     "fp8_linear",
     "fp8_support",
     "fuse_flux",
@@ -61,6 +71,8 @@ __all__ = [
     "sde_step",
     "step_coefficients",
     "step_mean",
+    "total_grad_norm",
+    "unfactor_gradients",
     "unfuse_flux",
     "use_backend",
 ]

@@ -17,7 +17,7 @@ from types import ModuleType
 
 import torch
 
-from . import _library
+from . import _library, native_optim
 from .native import native_implementations
 
 REBUILD = "reinstall g2rpo from source where nvcc is (G2RPO_BUILD=cuda)"
@@ -28,9 +28,11 @@ def load_backends() -> None:
     extension = _load_extension()
     if extension is not None:
         _add("cpu", native_implementations(extension.cpu, cuda=False), _probe_cpu)
+        native_optim.EXTENSIONS["cpu"] = extension.cpu
         if hasattr(extension, "cuda"):
             probe = _cuda_probe(extension.cuda)
             _add("cuda", native_implementations(extension.cuda, cuda=True), probe)
+            native_optim.EXTENSIONS["cuda"] = extension.cuda
         else:
             why = _left_out("cuda") or "G2RPO_BUILD asked for none"
             _library._absent["cuda"] = f"the extension was built without CUDA ({why}); {REBUILD}"

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import g2rpo_kernels as gk
-from g2rpo_kernels import _library, _load
+from g2rpo_kernels import _library, _load, native_optim
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.device("cuda", 0)
@@ -35,6 +35,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_probes", "_answers"):
         monkeypatch.setattr(_library, name, {})
     monkeypatch.setattr(_library, "_warned", set())
+    monkeypatch.setattr(native_optim, "EXTENSIONS", {})
 
 
 def extension(**gpu: object) -> SimpleNamespace:

@@ -104,10 +104,12 @@ def test_metadata(built: SimpleNamespace) -> None:
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(requirements(metadata)) == {"torch"}
-    assert set(metadata.get_all("Provides-Extra")) == {"train", "flash", "bnb", "test", "bench"}
+    extras = {"train", "flash", "bnb", "torchao", "test", "bench"}
+    assert set(metadata.get_all("Provides-Extra")) == extras
     assert {"diffusers", "transformers", "safetensors"} <= set(requirements(metadata, "train"))
     assert set(requirements(metadata, "flash")) == {"flash-attn"}
     assert set(requirements(metadata, "bnb")) == {"bitsandbytes"}
+    assert set(requirements(metadata, "torchao")) == {"torchao"}
     assert {"pytest", "triton"} <= set(requirements(metadata, "test"))
     assert set(requirements(metadata, "bench")) == {"pytest-benchmark"}
     assert "torchvision" not in str(metadata.get_all("Requires-Dist"))

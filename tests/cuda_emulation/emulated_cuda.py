@@ -42,7 +42,8 @@ def build(folder: Path) -> Path:
     sources = {
         CSRC / "bindings.cpp": ["-O0"],
         HERE / "entry.cpp": ["-O1", *careful],
-        CSRC / "cpu.cpp": ["-O0"],  # only there to be linked
+        CSRC / "cpu.cpp": ["-O0"],  # only there to be linked, as is the next
+        CSRC / "adamw8bit.cpp": ["-O0"],
     }
     running = {
         source: subprocess.Popen(
