@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,11 +40,19 @@ USAGE = {
         "Fill data.embeddings with the embeddings of the prompts that `g2rpo train` of the same "
         "arguments will use; --everything: of all in data.prompts. What is there stays.",
     ),
+    "plan": (
+        "g2rpo plan PRESET|FILE.yaml --gpu NAME|SIZE [--price DOLLARS] [--json] "
+        "[--group.key value ...]",
+        "Say whether `g2rpo train` of the same arguments fits a GPU (h100-80gb, or a memory size "
+        "such as 80GB), what to switch on where it does not, and how long it takes; --price, of a "
+        "GPU-hour: what it costs. No GPU is needed, and no weights. Exit code 0 if it fits, 1 if "
+        "not.",
+    ),
 }
 
 
 def make_parser(command: str = "train") -> ArgumentParser:
-    """Every key of `Config` as --group.key, its docstring as help. command: train or embed."""
+    """Every key of `Config` as --group.key, its docstring as help. command: one of USAGE."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     from .config import Config
@@ -127,12 +135,14 @@ def _differences(a: object, b: object, prefix: str = "") -> dict[str, tuple[obje
 
 
 def take_options(
-    arguments: Sequence[str], flags: Sequence[str] = (), valued: Sequence[str] = ()
+    arguments: Sequence[str], flags: Sequence[str] = (), valued: Mapping[str, str] | None = None
 ) -> tuple[dict[str, str | None], list[str]]:
     """Split the options that are no keys of a configuration from the arguments.
 
-    Returns them by name, None where one was not given and "yes" for a flag, and the rest.
+    valued: those that have a value, and what is expected of it. Returns them by name, None where
+    one was not given and "yes" for a flag, and the rest.
     """
+    valued = valued or {}
     options: dict[str, str | None] = dict.fromkeys((*flags, *valued))
     rest, remaining = [], iter(arguments)
     for argument in remaining:
@@ -142,7 +152,7 @@ def take_options(
         elif name in valued:
             value = value if equals else next(remaining, "")
             if not value:
-                raise ConfigurationError(f"{name} has no value; expected the directory of a run")
+                raise ConfigurationError(f"{name} has no value; expected {valued[name]}")
             options[name] = value
         else:
             rest.append(argument)

@@ -1,4 +1,4 @@
-"""The command line: `g2rpo train`, `embed`, `sample`, `doctor`."""
+"""The command line: `g2rpo train`, `embed`, `plan`, `sample`, `doctor`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ commands:
   train PRESET|FILE.yaml [--group.key value ...]   fine-tune a flow model with Granular-GRPO
   train --resume RUN_DIR                           go on with a run
   embed PRESET|FILE.yaml [--group.key value ...]   embed a run's prompts ahead of it
+  plan PRESET|FILE.yaml --gpu NAME|SIZE ...        whether a run fits, and how long it takes
   sample RUN_DIR|MODEL --prompt TEXT ...           draw images with a checkpoint, a LoRA or neither
   doctor                                           what this machine has, and what is missing
   doctor --fp8 [PRESET|FILE.yaml ...]              what FP8 completions would change
@@ -68,7 +69,9 @@ def train(arguments: list[str]) -> int:
     from .arguments import make_parser, named_config, resumed_config, take_options
 
     parser = make_parser("train")
-    options, rest = take_options(arguments, flags=["--overwrite"], valued=["--resume"])
+    options, rest = take_options(
+        arguments, flags=["--overwrite"], valued={"--resume": "the directory of a run"}
+    )
     resumed = options["--resume"]
     if resumed is not None:
         if options["--overwrite"] or (rest and not rest[0].startswith("-")):
@@ -101,6 +104,12 @@ def embed(arguments: list[str]) -> int:
     return embed(config, everything=options["--everything"] is not None)
 
 
+def plan(arguments: list[str]) -> int:
+    from . import plan
+
+    return plan.main(arguments)
+
+
 def sample(arguments: list[str]) -> int:
     from .flux import sample
 
@@ -118,7 +127,7 @@ def doctor(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": train, "embed": embed, "sample": sample, "doctor": doctor,
+    "train": train, "embed": embed, "plan": plan, "sample": sample, "doctor": doctor,
 }  # fmt: skip
 
 

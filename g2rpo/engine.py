@@ -51,6 +51,7 @@ class CompletionEngine:
         self.precision: AbstractContextManager[Any] = nullcontext()
         if config.rollout.precision == "fp8":
             self.precision = fp8_rollout(policy.transformer, policy.device)
+            self._release()  # now it is known that they fit
         self._rollout: gk.FluxRollout | None = None
         if config.model.fuse:
             mode = _mode(config.rollout.engine, policy.device)
@@ -66,17 +67,21 @@ class CompletionEngine:
     def of(self, conditions: Conditions) -> Iterator[Predict]:
         """Within the block, what it gives predicts velocities under these conditions, with the
         weights of now."""
-        with self.precision:
-            if (rollout := self._rollout) is None:
-                yield plain_forward(self.policy, conditions)
-            else:
+        try:
+            with self.precision:
+                if (rollout := self._rollout) is None:
+                    yield plain_forward(self.policy, conditions)
+                    return
                 with rollout.of(self.sigmas, conditions.prompt_embeds, conditions.pooled_embeds):
                     yield lambda latents, batch: rollout(latents, batch.prompts, batch.sigma_index)
+        finally:
+            self._release()
 
-    def refresh(self) -> None:
-        """The FP8 copies of the weights, where there are any, follow them."""
+    def _release(self) -> None:
+        """FP8 copies live as long as completions: 8.6 GB of FLUX.1-dev, for which the update has
+        no room, and whose weights it changes."""
         if isinstance(self.precision, gk.Fp8Rollout):
-            self.precision.refresh()
+            self.precision.release()
 
 
 def _mode(engine: str, device: torch.device) -> str:

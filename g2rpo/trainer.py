@@ -33,7 +33,7 @@ from .errors import ConfigurationError
 from .evaluation import evaluate_policy, row_slices, score_rollout
 from .improve import Improver
 from .memory import peak_memory_bytes, refuse, within_memory
-from .objective import integrate_advantages, summarise_losses
+from .objective import Advantages, integrate_advantages, summarise_losses
 from .phases import Phases
 from .policy import Conditions, Model
 from .rewards import Reward
@@ -182,7 +182,6 @@ class Trainer:
             setattr(self, name, state[name])
         if hasattr(self.model, "load_state_dict"):
             self.model.load_state_dict(state["model"])
-        self.engine.refresh()
         self._plan_completions()
 
     # The parts of an update ---------------------------------------------------------------------
@@ -201,7 +200,9 @@ class Trainer:
             row |= {"loss": math.nan, "grad_norm": math.nan}
             self._skip(number, [prompts[i] for i in broken], "the rollout")
         else:
-            row |= self._learn(number, prompts, conditions, chunks, finished, anchors)
+            scored = self._score(prompts, finished, anchors)
+            del finished, anchors  # gigabytes, which the update has no room for
+            row |= self._learn(number, prompts, conditions, chunks, *scored)
         self._counting = True
         seconds = time.perf_counter() - started
         self.updates = number
@@ -251,28 +252,34 @@ class Trainer:
             finished, anchors = complete(predict, self.plan, x_next, anchors, self._progress)
         return chunks, finished, anchors
 
+    def _score(
+        self,
+        prompts: Sequence[str],
+        finished: Tensor,  # [J, B * G, K, *S]
+        anchors: Tensor,  # [B, *S]
+    ) -> tuple[Advantages, dict[str, float]]:
+        """Decode, score, form advantages. Returns them and metrics keys."""
+        with self.phases("rewards"), torch.no_grad():
+            rewards, row = score_rollout(
+                self.model, finished, anchors, prompts, self.trained, self.branch_batch
+            )
+            weights = [r.weight for r in self.trained]
+            return integrate_advantages(rewards, self.config.rollout.group_size, weights), row
+
     def _learn(
         self,
         number: int,
         prompts: Sequence[str],
         conditions: Conditions,
         chunks: Sequence[tuple[slice, Branches]],
-        finished: Tensor,  # [J, B * G, K, *S]
-        anchors: Tensor,  # [B, *S]
+        advantages: Advantages,
+        reward_row: dict[str, float],
     ) -> dict[str, Any]:
-        """Score, form advantages, improve the policy. Returns metrics keys."""
-        with self.phases("rewards"), torch.no_grad():
-            rewards, reward_row = score_rollout(
-                self.model, finished, anchors, prompts, self.trained, self.branch_batch
-            )
-            advantages = integrate_advantages(
-                rewards, self.config.rollout.group_size, [r.weight for r in self.trained]
-            )
+        """Improve the policy. Returns metrics keys."""
         with self.phases("update"):
             result = self.improver.improve(chunks, conditions, advantages.values)
             if result.moved:
                 self.skipped_in_a_row = 0
-                self.engine.refresh()
                 if self.average is not None:
                     self.average.update()
             elif result.finite:

@@ -8,7 +8,8 @@
 
 Rowwise e4m3 of weights and activations, one scale a row each. Token linears are 8.6 of FLUX.1-dev's
 11.9 billion parameters and nearly all of its work; embedders, modulation, norms, attention and the
-output stay as they are. The copies take one byte a weight and four a row.
+output stay as they are. The copies take one byte a weight and four a row; `release()` gives them
+back until the block is entered again.
 
 An importance ratio must never see them: the anchor and the update run outside of the block. In it,
 gradients are refused.
@@ -35,14 +36,20 @@ class Fp8Weights:
 
     def __init__(self, linears: list[nn.Module]) -> None:
         self.linears = linears
-        bases = [base_of(linear) for linear in linears]
-        rows, columns = sum(len(base.weight) for base in bases), bases[0].weight.shape[1]
+        self.whole: Fp8Tensor | None = None  # released
+        self.parts: list[Fp8Tensor] = []
+
+    def allocate(self) -> None:
+        """Memory for the copies, where it has been released."""
+        if self.whole is not None:
+            return
+        bases = [base_of(linear) for linear in self.linears]
+        sizes, columns = [len(base.weight) for base in bases], bases[0].weight.shape[1]
         device = bases[0].weight.device
         self.whole = Fp8Tensor(
-            torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device),
-            torch.empty(rows, dtype=torch.float32, device=device),
+            torch.empty(sum(sizes), columns, dtype=torch.float8_e4m3fn, device=device),
+            torch.empty(sum(sizes), dtype=torch.float32, device=device),
         )
-        sizes = [len(base.weight) for base in bases]
         halves = self.whole.values.split(sizes), self.whole.scales.split(sizes)
         self.parts = [Fp8Tensor(values, scales) for values, scales in zip(*halves)]
 
@@ -79,19 +86,32 @@ class Fp8Rollout:
     def nbytes(self) -> int:
         """Bytes of the copies."""
         wholes = [c.whole for _, copies in self._copies for c in copies.values()]
-        return sum(whole.values.nbytes + whole.scales.nbytes for whole in wholes)
+        return sum(w.values.nbytes + w.scales.nbytes for w in wholes if w is not None)
+
+    def release(self) -> None:
+        """Give the copies' memory back; they are made anew when the block is next entered."""
+        for _, copies in self._copies:
+            for copy in copies.values():
+                copy.whole, copy.parts = None, []
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Quantise the weights anew, in place: to be called after every optimizer step."""
         weights, parts = [], []
-        for _, copies in self._copies:
-            for copy in copies.values():
-                weights += [effective_weight(linear) for linear in copy.linears]
-                parts += copy.parts
-        refresh_fp8(weights, parts)
+        try:
+            for _, copies in self._copies:
+                for copy in copies.values():
+                    copy.allocate()
+                    weights += [effective_weight(linear) for linear in copy.linears]
+                    parts += copy.parts
+            refresh_fp8(weights, parts)
+        except BaseException:
+            self.release()  # or half-made copies would be taken for whole ones
+            raise
 
     def __enter__(self) -> Fp8Rollout:
+        if not self.nbytes:
+            self.refresh()
         for block, copies in self._copies:
             if block.__dict__.get("fp8") is not None:
                 raise RuntimeError("transformer runs in FP8 already; expected to enter once")

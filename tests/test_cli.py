@@ -103,7 +103,9 @@ def test_resolved_config_reads_back(tmp_path):
 MISTAKES = {
     "no preset": ([], ["no preset given", "digits"]),
     "unknown preset": (
-        ["digts"], ["'digts' is neither a preset, one of ['digits', 'flux', 'flux-lora'], nor"],
+        ["digts"],
+        ["'digts' is neither a preset, one of ['digits', 'flux-dev-1gpu', 'flux-dev-8gpu', "
+         "'flux-dev-paper', 'flux-lora'], nor"],
     ),
     "unknown key": (["digits", "--train.updats", 3], ["--train.updats"]),
     "no abbreviation": (["digits", "--train.update", 3], ["--train.update"]),

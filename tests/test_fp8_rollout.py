@@ -8,6 +8,7 @@ import torch
 from test_fuse_flux import TINY, error, inputs, new_flux, run
 from tiny import TinyModel, brightness, contrast, tiny_config
 
+import g2rpo.run  # noqa: F401  (or its first import would keep what a test below has patched)
 import g2rpo_kernels as gk
 from g2rpo.errors import ConfigurationError
 from g2rpo.fp8_gate import lines, measure
@@ -174,24 +175,57 @@ def test_ratio_is_exactly_one_and_fp8_is_used():
     )
 
 
-def test_copies_follow_every_update_and_every_resume():
+def test_copies_are_of_the_weights_of_now_and_gone_when_completions_end():
     trainer = make()
-    copies = trainer.engine.precision._copies[0][1]["qkv"]
+    fp8, seen = trainer.engine.precision, []
+    attention = trainer.policy.transformer.transformer_blocks[0].attn
 
-    def follows():
-        attention = trainer.policy.transformer.transformer_blocks[0].attn
+    def look(self):
+        """The copies as the completions begin, against the weights as they then are."""
+        entered = type(fp8).__enter__(fp8)
+        copies = fp8._copies[0][1]["qkv"]
         expected = gk.quantize_fp8(attention.to_q.weight.detach())
-        return torch.equal(copies.parts[0].values.float(), expected.values.float())
+        seen.append(torch.equal(copies.parts[0].values.float(), expected.values.float()))
+        return entered
 
+    class Looking(type(fp8)):
+        __enter__ = look
+
+    trainer.engine.precision = copy.copy(fp8)
+    trainer.engine.precision.__class__ = Looking
+    assert fp8.nbytes == 0
     trainer.update()
-    assert follows()
     state, weights = copy.deepcopy(trainer.state_dict()), {
         name: p.detach().clone() for name, p in trainer.weights.parameters.items()
     }
     trainer.update()
-    assert follows()
     trainer.load_state_dict(state, weights)
-    assert follows()
+    trainer.update()
+    assert seen == [True] * 3 and fp8.nbytes == 0
+
+
+def test_released_copies_are_made_anew_and_half_made_ones_are_not_used(monkeypatch):
+    model = new_flux()
+    fp8, given = fp8_of(model), inputs(model)
+    size = fp8.nbytes
+    with fp8:
+        before = plain_forward(model, given)
+    fp8.release()
+    assert fp8.nbytes == 0
+    with fp8:
+        assert fp8.nbytes == size and torch.equal(plain_forward(model, given), before)
+
+    def no_memory(weights, parts):
+        raise torch.OutOfMemoryError("out of memory")
+
+    fp8.release()
+    with monkeypatch.context() as patch:
+        patch.setattr("g2rpo_kernels.fp8_rollout.refresh_fp8", no_memory)
+        with pytest.raises(torch.OutOfMemoryError), fp8:
+            pass
+    assert fp8.nbytes == 0
+    with fp8:
+        assert torch.equal(plain_forward(model, given), before)
 
 
 def test_precision_without_fused_blocks_is_refused():
