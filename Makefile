@@ -33,9 +33,10 @@ help:
 	@echo "make test         run the tests (ARGS='-k name' are passed to pytest, WORKERS=$(WORKERS))"
 	@echo "make test-slow    run the tests that take minutes: twenty kills, the FLUX example"
 	@echo "make bench        measure the ops on this machine (ARGS are passed to benchmarks/run.py)"
-	@echo "make bench-flux   measure FLUX's forward and its block ops on a GPU (ARGS='--size toy': anywhere)"
+	@echo "make bench-flux   measure FLUX's forward, an update, the optimizer's step and the block ops on a"
+	@echo "                  GPU (ARGS='--size toy': anywhere)"
 	@echo "make gpu-check    test and measure on a GPU with PYTHON=$(PYTHON) and the torch it has"
-	@echo "                  (ARGS='--only PART', of build tests ops flux-forward flux-blocks)"
+	@echo "                  (ARGS='--only PART', of build tests flux-forward flux-update optimizer ops flux-blocks)"
 	@echo "make dist         build the sdist and the wheel into dist/"
 	@echo "make constraints  resolve the pins of constraints.txt anew"
 	@echo "make clean        remove $(VENV) and everything built; training runs stay"
@@ -60,10 +61,10 @@ test-slow: $(TEST_STAMP)
 bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-# Of the ARGS that both take. The second is measured whatever became of the first.
+# Of the ARGS that all take. Each is measured whatever became of those before it.
 bench-flux: $(TEST_STAMP)
-	$(BIN)/python benchmarks/bench_flux_forward.py $(ARGS); forward=$$?; \
-	    $(BIN)/python benchmarks/bench_blocks.py $(ARGS) && exit $$forward
+	failed=0; for name in flux_forward flux_update adamw8bit blocks; do \
+	    $(BIN)/python benchmarks/bench_$$name.py $(ARGS) || failed=$$?; done; exit $$failed
 
 # Without the virtual environment: a machine with a GPU has its own build of torch.
 gpu-check:

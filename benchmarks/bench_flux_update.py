@@ -1,11 +1,13 @@
 """Measure one whole G2RPO update of FLUX's shape on one GPU: seconds and peak memory by phase.
 
-    python benchmarks/bench_flux_update.py [--preset NAME] [--size flux|toy] [--updates 2]
+    python benchmarks/bench_flux_update.py [--preset NAME] [--prompts 1] [--size flux|toy]
 
 The trainer itself, on a transformer and an autoencoder with random weights, embeddings at random
 and a reward that costs nothing: no weights are needed, and no encoders. The preset is flux-dev-1gpu
-unless named; --group.key value changes it. The first update compiles kernels and makes the
-optimizer's states, so the last one is the figure. Beside it stands what `g2rpo plan` predicts.
+unless named; --group.key value changes it. An update has one prompt, not the preset's 16, which
+take half an hour: --prompts 16 measures the preset as it is. The first update compiles kernels and
+makes the optimizer's states, so the last one is the figure. Beside it stands what `g2rpo plan`
+predicts of the same.
 """
 
 from __future__ import annotations
@@ -16,178 +18,156 @@ import time
 
 import _paths  # noqa: F401
 import torch
-from flux_results import FluxStore, heading
-from flux_shapes import Size, add_arguments, chosen, new_transformer
-from results import ResultsError
+from flux_results import UPDATE, FluxStore, decides, heading, not_timed, verdict
+from flux_shapes import add_arguments, chosen
+from measure import first_line
+from results import ResultsError, slug
 from texts import table, time_text
-from torch import Tensor, nn
 
-from g2rpo.arguments import make_parser, named_config
-from g2rpo.config import Config
-from g2rpo.errors import ConfigurationError
-from g2rpo.flux.images import ImageDecoder, latent_shape, position_ids, shrinkage
-from g2rpo.flux.miniature import VAE as SMALL_VAE
-from g2rpo.metrics import size as bytes_text
-from g2rpo.policy import Conditions, FluxPolicy
-from g2rpo.rewards import Reward
-from g2rpo.trainer import Trainer
+from g2rpo.errors import ConfigurationError, TrainingError
 
-KIND = "flux-update"
 NEEDS = "that holds all of a preset's update"
-# FLUX.1-dev's vae/config.json.
-VAE = {
-    **SMALL_VAE, "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2,
-    "norm_num_groups": 32, "sample_size": 1024, "scaling_factor": 0.3611, "shift_factor": 0.1159,
-}  # fmt: skip
+PRESET = "flux-dev-1gpu"
+GIB = 2**30
+MOST_PEAK = 76  # GiB, of PRESET
+MOST_APART = 5  # per cent of the measured peak, of its prediction
 
 
-class RandomModel:
-    """A `policy.Model` of FLUX's shape (or the toy's) whose weights and embeddings are random."""
-
-    def __init__(self, size: Size, config: Config, device: str) -> None:
-        from diffusers import AutoencoderKL
-
-        small = size.name == "toy"
-        dtype = getattr(torch, config.model.dtype or "bfloat16")
-        # A latent has a quarter of a token's channels.
-        shape = {**(SMALL_VAE if small else VAE), "latent_channels": size.channels // 4}
-        with torch.device(device):
-            vae = AutoencoderKL(**shape).eval().requires_grad_(False)
-        nn.Module.to(vae, dtype)  # diffusers' own warns, whatever the model
-        side = 2 * shrinkage(vae.config) * size.side
-        height, width = config.rollout.height or side, config.rollout.width or side
-        transformer = nn.Module.to(new_transformer(size, device), dtype)
-        self.embedding = size.text, size.text_width, size.pooled
-        self.latent_shape = latent_shape(height, width, vae.config)
-        latents = height // shrinkage(vae.config), width // shrinkage(vae.config)
-        ids = position_ids(*latents, torch.device(device))
-        self.policy = FluxPolicy(transformer, ids, config.rollout.guidance)
-        self.prompts = [f"prompt {i}" for i in range(config.train.prompts_per_update)]
-        self.decoder = ImageDecoder(vae, height, width, torch.device(device))
-
-    def embed(self, prompts: list[str]) -> Conditions:
-        tokens, width, pooled = self.embedding
-        generator = torch.Generator().manual_seed(3)
-        rows = [self.prompts.index(prompt) for prompt in prompts]
-        embeds = torch.randn(len(self.prompts), tokens, width, generator=generator)[rows]
-        vectors = torch.randn(len(self.prompts), pooled, generator=generator)[rows]
-        return Conditions(embeds.bfloat16(), vectors.bfloat16()).to(self.policy.device)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.decoder.decode(latents)
+def gib(count: float | None) -> str:
+    return "–" if count is None else f"{count / GIB:.2f} GiB"
 
 
-def brightness(images: Tensor, prompts: list[str]) -> Tensor:
-    return images.flatten(1).mean(1)
+def seconds_text(seconds: float | None) -> str:
+    return "–" if seconds is None else time_text(seconds)
 
 
-class Watch:
-    """Peak memory by phase, on a GPU; says each phase as it begins."""
-
-    def __init__(self, device: str) -> None:
-        self.gpu = device == "cuda"
-        self.peaks: dict[str, int] = {}
-        self.name = ""
-        self.rows, self.began = 0, time.perf_counter()
-
-    def begin(self, name: str) -> None:
-        self.end()
-        self.name = name
-        print(f"{time.perf_counter() - self.began:6.0f} s  {name}", flush=True)
-
-    def end(self) -> None:
-        if self.gpu and self.name:
-            peak = torch.cuda.max_memory_allocated()
-            self.peaks[self.name] = max(self.peaks.get(self.name, 0), peak)
-            torch.cuda.reset_peak_memory_stats()
-        self.name = ""
-
-    def count(self, rows: int) -> None:
-        self.rows += rows
+def peak(row: dict) -> int | None:
+    """Of the whole update; None on a CPU."""
+    return max(row["peak_bytes"].values(), default=None)
 
 
-def configure(name: str, size: Size, device: str, overrides: list[str]) -> Config:
-    config, _ = named_config(make_parser(), [name, *overrides])
-    config.model.device = device
-    if size.name == "toy":
-        config.rollout.branch_batch = min(config.rollout.branch_batch, 8)
-        config.rollout.height = config.rollout.width = None
-        config.train.prompts_per_update = min(config.train.prompts_per_update, 2)
-    config.validate(training=False)
-    return config
+def apart(row: dict) -> float | None:
+    """Per cent that the predicted peak is above the measured one."""
+    if not row["peak_bytes"] or row["predicted"] is None:
+        return None
+    return 100 * (row["predicted"]["peak"] / peak(row) - 1)
 
 
-def measure(trainer: Trainer, watch: Watch, updates: int, until: float) -> dict:
-    """Seconds and peak bytes of the last update that was made, by phase."""
-    row: dict = {}
-    made = 0
-    while made < updates and (made == 0 or time.perf_counter() + row["seconds"] < until):
-        watch.peaks, watch.rows = {}, 0
-        started = time.perf_counter()
-        found = trainer.update()
-        watch.end()
-        made += 1
-        row = {
-            "seconds": time.perf_counter() - started,
-            "rows": watch.rows,
-            "phases": {
-                name.removeprefix("seconds/"): value
-                for name, value in found.items() if name.startswith("seconds/")
-            },
-            "peak_bytes": dict(watch.peaks),
-            "ratio_max": found.get("ratio_max"),
-            "grad_norm": found.get("grad_norm"),
-        }  # fmt: skip
-    return {**row, "updates": made}
+def cells(row: dict) -> list[dict[str, str]]:
+    """A line a phase, and one of the whole update; what is predicted, where it is."""
+    told = row["predicted"]
 
+    def line(name: str, took: float, held: int | None, times: float | None, bytes: int | None):
+        texts = {"phase": name, "time": time_text(took), "predicted time": seconds_text(times),
+                 "peak memory": gib(held), "predicted peak": gib(bytes)}  # fmt: skip
+        return {k: v for k, v in texts.items() if told or "predicted" not in k}
 
-def lines(row: dict) -> list[dict[str, str]]:
-    peaks = row["peak_bytes"]
-    shown = [
-        {"phase": name, "time": time_text(seconds),
-         "peak memory": bytes_text(peaks[name]) if name in peaks else "–"}
-        for name, seconds in row["phases"].items()
+    of = told or {"seconds": {}, "peak_bytes": {}, "whole": None, "peak": None}
+    lines = [
+        line(name, took, row["peak_bytes"].get(name), of["seconds"].get(name),
+             of["peak_bytes"].get(name))
+        for name, took in row["phases"].items()
     ]  # fmt: skip
-    whole = bytes_text(max(peaks.values())) if peaks else "–"
-    total = {"phase": "whole update", "time": time_text(row["seconds"]), "peak memory": whole}
-    return [*shown, total]
+    whole = line("whole update", row["seconds"], peak(row), of["whole"], of["peak"])
+    return [*lines, whole]
+
+
+def what(row: dict) -> str:
+    """The update: preset, changes, evaluations, batches."""
+    prompts = f"{row['prompts']} prompt{'' if row['prompts'] == 1 else 's'}"
+    others = " ".join(row["overrides"])
+    changed = f" with {others}" if others else ", as it is"
+    return (
+        f"{row['preset']}{changed}: {prompts} an update, {row['rows']:,} evaluations, up to "
+        f"{row['batches']['branch']} rows a forward; update {row['updates']} of the run"
+    )
+
+
+def goals(content: dict) -> list[str]:
+    if not decides(content):
+        return [f"goals, for FLUX's size on a GPU, not measured here: peak of {PRESET} below "
+                f"{MOST_PEAK} GiB, predicted within {MOST_APART} %"]  # fmt: skip
+    lines = []
+    for row in content["cases"]:
+        name, held, away = f"{row['preset']}, {row['prompts']} an update", peak(row), apart(row)
+        if row["preset"] == PRESET:
+            value = None if held is None else held / GIB
+            lines.append(verdict(content, name, "GiB at the peak", value, most=MOST_PEAK))
+        value = None if away is None else abs(away)
+        lines.append(
+            verdict(content, name, "% between predicted and measured peak", value, most=MOST_APART)
+        )
+    return lines
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
+    """Options of this program, and what changes the preset."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     epilog="--group.key value changes the preset.")  # fmt: skip
+    parser.add_argument("--preset", default=PRESET)
+    parser.add_argument("--prompts", type=int, default=1,
+                        help="prompts an update (default: %(default)s)")  # fmt: skip
+    add_arguments(parser)
+    parser.add_argument("--updates", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=540, help="begin no update that would "
+                        "end after these, but for the first")  # fmt: skip
+    options, overrides = parser.parse_known_args(arguments)
+    for name in ("prompts", "updates"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}; expected at least 1")
+    return options, overrides
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0],
-                                     epilog="--group.key value changes the preset.")  # fmt: skip
-    parser.add_argument("--preset", default="flux-dev-1gpu")
-    add_arguments(parser)
-    parser.add_argument("--updates", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=540, help="begin no update that would "
-                        "end after these")  # fmt: skip
-    options, overrides = parser.parse_known_args(arguments)
+    options, overrides = parse(arguments)
     picked = chosen(options, "bench_flux_update", NEEDS)
     if picked is None:
         return 2
     size, device = picked
     until = time.perf_counter() + options.seconds
     try:
-        config = configure(options.preset, size, device, overrides)
-        store = FluxStore(KIND, size, device, options)
+        import flux_update  # the trainer, which needs packages that a table does not
+    except ModuleNotFoundError as error:
+        print(f"bench_flux_update: error: {error}; pip install 'g2rpo[train]'", file=sys.stderr)
+        return 2
+    row: dict = {"preset": options.preset, "variants": {}, "errors": {}, "predicted": None}
+    try:
+        config, changes = flux_update.configure(
+            options.preset, size, device, options.prompts, overrides
+        )
+        store = FluxStore(UPDATE, size, device, options)
     except (ConfigurationError, ResultsError) as error:
         print(f"bench_flux_update: error: {error}", file=sys.stderr)
         return 2
-    watch = Watch(device)
-    watch.begin("weights")
-    trainer = Trainer(
-        config, RandomModel(size, config, device), [Reward("brightness", brightness)],
-        on_phase=watch.begin, on_evaluations=watch.count, on_message=print,
-    )  # fmt: skip
-    row = measure(trainer, watch, options.updates, until)
-    row |= {"case": f"update-{size.name}-{options.preset}", "preset": options.preset,
-            "overrides": overrides, "variants": {}, "errors": {}}  # fmt: skip
-    store.add(row)
-    print(f"\n{heading(store.content)}\n\n{table(lines(row))}\n")
-    print(f"{row['rows']:,} evaluations, ratio_max {row['ratio_max']}, update {row['updates']}")
+    case = slug(" ".join(["update", size.name, options.preset, *changes]))
+    row |= {"case": case, "overrides": changes, "prompts": config.train.prompts_per_update}
+    known = {each["case"]: each["updates"] for each in store.content["cases"]}
+    if not store.known(case) or known.get(case, options.updates) < options.updates:
+        if decides(store.content):
+            try:
+                row["predicted"] = flux_update.predict(config, flux_update.this_card())
+            except ConfigurationError as error:  # of what the trainer may yet do
+                row["errors"]["prediction"] = str(error)
+        store.begin(case)
+        watch = flux_update.Watch(device)
+        try:
+            run = flux_update.Run(config, size, device, watch)
+            for found in run.updates(options.updates, until):
+                store.add(row | found)
+        except torch.OutOfMemoryError as error:
+            store.leave_out(case, f"out of memory in the phase {watch.name!r}: {first_line(error)}")
+        except (ConfigurationError, TrainingError) as error:
+            store.leave_out(case, str(error))
+    store.save()  # what --resume has closed, too
+    content = store.content
+    print(f"\n{heading(content)}")
+    for each in content["cases"]:
+        print(f"\n{what(each)}\n\n{table(cells(each))}\n")
+        print("\n".join([f"ratio_max {each['ratio_max']}", *each["messages"]]))
+    print("\n".join([*not_timed(content), *goals(content)]))
     if store.stored:
-        print(f"written to {store.path}")
-    return 0
+        print(f"\nwritten to {store.path}")
+    return 0 if any(each["case"] == case for each in content["cases"]) else 3
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
-"""FLUX's part of the README: its block ops and its forward, from what was measured on GPUs.
+"""FLUX's part of the README: its block ops, its forward, an update and the optimizer's step, from
+what was measured on GPUs.
 
 Only FLUX's size on a GPU gets there; the toy on any device says nothing about speed.
 """
 
 from __future__ import annotations
 
+import bench_adamw8bit
 import bench_blocks
 import bench_flux_forward
-from flux_results import BLOCKS, FORWARD, decides, heading, not_timed
+import bench_flux_update
+from flux_results import ADAMW, BLOCKS, FORWARD, UPDATE, decides, heading, not_timed
 from texts import copy_text, markdown_table, rounds_text
 
 SECTIONS = {  # by kind: title, and what the benchmark would do
@@ -20,6 +23,17 @@ SECTIONS = {  # by kind: title, and what the benchmark would do
         "FLUX's forward",
         "`python benchmarks/bench_flux_forward.py`, on a GPU, times a whole forward of FLUX: "
         "diffusers, `torch.compile`, fused blocks, FP8",
+    ),
+    UPDATE: (
+        "A whole update of FLUX",
+        "`python benchmarks/bench_flux_update.py`, on a GPU, makes updates of one prompt on random "
+        "weights of FLUX.1-dev's shape with the preset `flux-dev-1gpu`: seconds and peak memory by "
+        "phase beside the prediction of `g2rpo plan`",
+    ),
+    ADAMW: (
+        "A step of AdamW8bit",
+        "`python benchmarks/bench_adamw8bit.py`, on a GPU, times one step over FLUX.1-dev's "
+        "parameters beside bitsandbytes', torchao's and torch's AdamW and a copy of as many bytes",
     ),
 }
 
@@ -40,7 +54,8 @@ def section(kind: str, contents: list[dict]) -> str:
             f"`benchmarks/results/{kind}-<gpu>.json`; `make gpu-check` runs it too, and `python "
             "benchmarks/report.py` then puts it here."
         )
-    markdown = blocks_markdown if kind == BLOCKS else forward_markdown
+    markdown = {BLOCKS: blocks_markdown, FORWARD: forward_markdown, UPDATE: update_markdown,
+                ADAMW: adamw_markdown}[kind]  # fmt: skip
     return "\n\n".join([f"### {title}", *map(markdown, contents)])
 
 
@@ -84,6 +99,40 @@ def forward_markdown(content: dict) -> str:
     if errors := bench_flux_forward.error_lines(content["errors"]):
         lines += ["", *markdown_table(errors, words=1)]
     return "\n".join([*lines, *goals(bench_flux_forward.goals(content)), *left_out(content)])
+
+
+def update_markdown(content: dict) -> str:
+    """One GPU's updates: a table each."""
+    lines = [head(content)]
+    for row in content["cases"]:
+        lines += ["", f"{bench_flux_update.what(row)}.", ""]
+        lines += markdown_table(bench_flux_update.cells(row), words=1)
+        lines += notes("The trainer said:", row["messages"])
+    text = (
+        "Random weights and embeddings, a reward that costs nothing, no text encoders. Peak "
+        "memory: the most that PyTorch had allocated in a phase. Predicted: what `g2rpo plan` says "
+        "of the same; its time of an update has the optimizer's states come and go, of which "
+        "they go in the phase `offload`."
+    )
+    return "\n".join(
+        [*lines, "", text, *goals(bench_flux_update.goals(content)), *left_out(content)]
+    )
+
+
+def adamw_markdown(content: dict) -> str:
+    """One GPU's steps: a table a case."""
+    rows, lines = content["cases"], [head(content)]
+    for row in rows:
+        lines += ["", f"{bench_adamw8bit.share_text(row)}; ours on backend `{row['backend']}`:", ""]
+        lines += markdown_table(bench_adamw8bit.cells(row), words=1)
+    text = (
+        "Time a step between two events around several; medians of "
+        f"{rounds_text(rows)} alternating rounds, ratios within rounds. Every gradient is dense "
+        "and known to be finite. Bytes an element: weight and state read and written once, "
+        "gradient read once, of the real buffers; state: those beside the weight. Host: until a "
+        f"step has returned, the GPU idle before. {copy_text(rows)}"
+    )
+    return "\n".join([*lines, "", text, *goals(bench_adamw8bit.goals(content)), *left_out(content)])
 
 
 def head(content: dict) -> str:

@@ -1,9 +1,10 @@
-"""Results files of bench_blocks.py and bench_flux_forward.py, and what both print of them."""
+"""Results files of the benchmarks at FLUX's size, and what all of them print of them."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import _paths  # noqa: F401
@@ -22,7 +23,9 @@ from texts import machine_text
 
 from g2rpo import doctor
 
-BLOCKS, FORWARD = "flux-blocks", "flux-forward"  # the kinds that the README shows
+# The kinds that the README shows.
+BLOCKS, FORWARD, UPDATE, ADAMW = "flux-blocks", "flux-forward", "flux-update", "adamw8bit"
+PACKAGES = ("diffusers", "torchao", "bitsandbytes")  # whose versions matter
 KEYS = {"kind", "size", "device", "machine", "versions", "date", "commit", "cases", "left_out"}
 ROW_KEYS = {  # by kind, of a case and of each of its variants
     BLOCKS: (CASE_KEYS | {"rounds"}, VARIANT_KEYS),
@@ -30,12 +33,22 @@ ROW_KEYS = {  # by kind, of a case and of each of its variants
         {"case", "batch", "tokens", "flops", "rounds", "variants", "errors"},
         {"seconds", "tflops", "speedup", "peak_bytes", "away_from_eager", "interleaved"},
     ),
-}
+    UPDATE: (
+        {"case", "preset", "overrides", "prompts", "updates", "seconds", "rows", "phases",
+         "peak_bytes", "predicted", "batches", "messages", "variants", "errors"},
+        set(),
+    ),
+    ADAMW: (
+        {"case", "task", "doubles", "singles", "elements", "of_elements", "backend", "rounds",
+         "copy", "variants", "errors"},
+        {"seconds", "ns_per_element", "moved_bytes", "state_bytes", "gb_per_second",
+         "copy_fraction", "host_seconds"},
+    ),
+}  # fmt: skip
 
 
 class FluxStore(Store):
-    """A results file of another kind, `flux-blocks` or `flux-forward`; kept in memory without a
-    path."""
+    """A results file of a kind of `ROW_KEYS`; kept in memory without a path."""
 
     def __init__(self, kind: str, size: Size, device: str, options: argparse.Namespace) -> None:
         path = options.output
@@ -46,7 +59,7 @@ class FluxStore(Store):
         self.content |= {"kind": kind, "size": size.name}
         self.content["versions"] |= {
             name: doctor.probe(doctor.Package(name, "", "")).version or "missing"
-            for name in ("diffusers", "torchao")
+            for name in PACKAGES
         }
         if not self.stored or not path.is_file():
             return
@@ -79,18 +92,19 @@ def load(path: Path, kind: str) -> dict:
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise ResultsError(f"{path} has no kind {kind!r}; measure again")
     require(path, "it", content, KEYS | ({"errors"} if kind == FORWARD else set()))
-    if kind in ROW_KEYS:
-        of_case, of_variant = ROW_KEYS[kind]
-        for row in content["cases"]:
-            require(path, f"case {row.get('case')!r}", row, of_case)
-            for name, entry in row["variants"].items():
-                require(path, f"{name!r} of case {row['case']!r}", entry, of_variant)
+    of_case, of_variant = ROW_KEYS[kind]
+    for row in content["cases"]:
+        require(path, f"case {row.get('case')!r}", row, of_case)
+        for name, entry in row["variants"].items():
+            require(path, f"{name!r} of case {row['case']!r}", entry, of_variant)
     return content
 
 
 def heading(content: dict) -> str:
     toy = "TOY SIZE, which says nothing about FLUX. " if content["size"] == "toy" else ""
-    packages = ", ".join(f"{name} {content['versions'][name]}" for name in ("diffusers", "torchao"))
+    packages = ", ".join(
+        f"{name} {content['versions'][name]}" for name in PACKAGES if name in content["versions"]
+    )
     return f"{toy}{machine_text(content).removesuffix('.')}; {packages}."
 
 
@@ -106,8 +120,13 @@ def decides(content: dict) -> bool:
     return content["size"] == "flux" and content["device"] == "cuda"
 
 
-def verdict(content: dict, name: str, what: str, value: float | None, least: float) -> str:
+def verdict(
+    content: dict, name: str, what: str, value: float | None, least: float = -math.inf,
+    most: float = math.inf,
+) -> str:  # fmt: skip
+    """A goal of which one side is open: least or most, and how it was met."""
+    bound = f"{least:g}" if math.isinf(most) else f"at most {most:g}"
     if value is None or not decides(content):
-        return f"{name:44} not measured (goal {least:g} {what})"
-    word = "reached" if value >= least else "MISSED"
-    return f"{name:44} {word}: {value:.2f} {what}, goal {least:g}"
+        return f"{name:44} not measured (goal {bound} {what})"
+    word = "reached" if least <= value <= most else "MISSED"
+    return f"{name:44} {word}: {value:.2f} {what}, goal {bound}"

@@ -1,4 +1,4 @@
-"""What bench_blocks.py and bench_flux_forward.py share: FLUX's sizes, a model, the device.
+"""What the benchmarks of FLUX share: its sizes, a model, the device.
 
 `flux` is FLUX.1-dev at 720 x 720, as the paper trains it; `toy` runs anywhere in seconds and says
 nothing about speed. Floating-point operations are counted by formula, in `flops`.
@@ -133,7 +133,7 @@ def flops(size: Size, batch: int) -> int:
     return batch * (2 * (token_linears + ends + modulations + embedders) + attention)
 
 
-# The command line of both benchmarks
+# The command line of these benchmarks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,11 +2,18 @@
 
     python3 benchmarks/gpu_check.py [--only PART ...] [--limit SECONDS] [--resume]
 
-Parts: `build` the extension in place where it lacks CUDA and nvcc is there; `tests` of the ops on
-every backend of this card; `ops`, `flux-forward` and `flux-blocks`, the benchmarks, each with the
-cases that matter most first. What was done is in benchmarks/results/ at every moment, so a run that
-is cut short keeps what it had and --resume goes on with it. Needs torch; a part that needs a
-package more (pytest, diffusers) is skipped without it, and that is said. Nothing need be installed.
+Parts: `build` the extension in place where it lacks CUDA and nvcc is there; `tests` of what runs on
+every backend of this card; and the benchmarks, each with the cases that matter most first:
+`flux-forward`, `flux-update` (a whole update of one prompt), `optimizer` (a step of AdamW8bit),
+`ops`, `flux-blocks`. In three runs of at most ten minutes each:
+
+    python3 benchmarks/gpu_check.py --only build tests
+    python3 benchmarks/gpu_check.py --only flux-forward optimizer
+    python3 benchmarks/gpu_check.py --only flux-update ops flux-blocks
+
+What was done is in benchmarks/results/ at every moment, so a run that is cut short keeps what it
+had and --resume goes on with it. Needs torch; a part that needs a package more (pytest, diffusers,
+jsonargparse) is skipped without it, and that is said. Nothing need be installed.
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ from pathlib import Path
 
 import _paths  # noqa: F401
 import torch
-from flux_results import BLOCKS, FORWARD
+from flux_results import ADAMW, BLOCKS, FORWARD, UPDATE
 from goals import verdicts
 from report import text_table
 from results import ResultsError, Store, commit, default_path, load
@@ -37,13 +44,25 @@ TESTS = {  # file -> packages it needs. All that run on the backends of a GPU
     **dict.fromkeys(
         ("ops", "native", "normal", "policy_loss", "group_advantages", "compat", "tracing",
          "block_modulate", "block_modulate_gradients", "block_attention",
-         "block_attention_contract", "block_gelu", "block_fp8"), ()
+         "block_attention_contract", "block_gelu", "block_fp8", "adamw8bit_native", "optim",
+         "optim_states", "streamed_adamw"), ()
     ),
     "flux_rollout": ("diffusers",),
     "flux_text": ("diffusers", "transformers", "tokenizers", "safetensors"),
 }  # fmt: skip
 CRASHES = 3  # how often the benchmarks are taken up again after their process has died
-LIMITS = {"build": 240, "tests": 480, "ops": 240, FORWARD: 540, BLOCKS: 300}  # seconds, in order
+OPTIMIZER = "optimizer"
+# Seconds, in order; those of each run that the docstring names fit ten minutes.
+LIMITS = {"build": 180, "tests": 400, FORWARD: 400, UPDATE: 300, OPTIMIZER: 180, "ops": 140,
+          BLOCKS: 140}  # fmt: skip
+# What a benchmark needs beside torch, the kind of its file, and the share of its time after which
+# it begins no case.
+BENCHMARKS = {
+    FORWARD: ("bench_flux_forward", ("diffusers",), FORWARD, 0.5),
+    UPDATE: ("bench_flux_update", ("diffusers", "jsonargparse", "safetensors"), UPDATE, 0.95),
+    OPTIMIZER: ("bench_adamw8bit", (), ADAMW, 0.8),
+    BLOCKS: ("bench_blocks", ("diffusers",), BLOCKS, 0.8),
+}
 
 
 def call(command: list[str], limit: float, **variables: str) -> tuple[int | None, float, str]:
@@ -148,10 +167,11 @@ def do(part: str, path: Path, options: argparse.Namespace, rest: list[str]) -> d
     if part == "ops":  # goes on with the store that main has begun
         command = ["benchmarks/run.py", *given, "--results", str(path), *rest]
         return bench(command, limit, "--limit", 0.8, resume=True)
-    if missing(["diffusers"]):
-        return {"did": "nothing", "why": "diffusers is not installed: pip install diffusers"}
-    program, share = {FORWARD: ("bench_flux_forward", 0.5), BLOCKS: ("bench_blocks", 0.8)}[part]
-    output = flux_path(path, part)
+    program, needed, kind, share = BENCHMARKS[part]
+    if lacks := missing(needed):
+        why = f"{', '.join(lacks)} not installed: pip install {' '.join(lacks)}"
+        return {"did": "nothing", "why": why}
+    output = flux_path(path, kind)
     command = [f"benchmarks/{program}.py", *given, "--size", "flux", "--output", str(output)]
     return bench(command, limit, "--seconds", share, options.resume)
 

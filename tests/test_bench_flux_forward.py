@@ -160,11 +160,38 @@ FORWARD_ROW = {
 }  # fmt: skip
 
 
+GIB = 2**30
+UPDATE_ROW = {
+    "case": "update-flux", "preset": "flux-dev-1gpu", "prompts": 1, "updates": 2, "rows": 1512,
+    "overrides": ["--train.prompts_per_update", "1"], "seconds": 90.0,
+    "messages": ["Out of memory"],
+    "phases": {"offload": 0.7, "update": 4.0}, "peak_bytes": {"offload": GIB, "update": 70 * GIB},
+    "batches": {"anchor": 1, "branch": 12}, "variants": {}, "errors": {},
+    "predicted": {"peak_bytes": {"update": 77 * GIB}, "seconds": {"update": 3.9}, "whole": 86.0,
+                  "peak": 77 * GIB},
+}  # fmt: skip
+STEP = {"seconds": 0.05, "ns_per_element": 0.0125, "moved_bytes": 48 * 10**9, "copy_fraction": 0.86,
+        "state_bytes": 12 * 10**9, "gb_per_second": 960.0, "host_seconds": 3e-3,
+        "over_ours": {"median": 1.0}}  # fmt: skip
+ADAMW_ROW = {
+    "case": "adamw8bit-others-flux", "task": "others", "doubles": 6, "singles": 12,
+    "elements": 4 * 10**9, "of_elements": 12 * 10**9, "backend": "cuda", "rounds": 7,
+    "copy": {"bytes": 2**31, "seconds": 1e-3},
+    "errors": {"torchao AdamW8bit": "not installed: pip install torchao"},
+    "variants": {
+        "ours, 24 bits": STEP,
+        "bitsandbytes AdamW8bit": STEP | {"seconds": 0.06, "over_ours": {"median": 1.2}},
+    },
+}  # fmt: skip
+ROWS = {flux_results.BLOCKS: BLOCK, flux_results.FORWARD: FORWARD_ROW,
+        flux_results.UPDATE: UPDATE_ROW, flux_results.ADAMW: ADAMW_ROW}  # fmt: skip
+
+
 def on_a_card(kind: str) -> dict:
-    """What either benchmark would have written on a GPU."""
-    row = BLOCK if kind == flux_results.BLOCKS else FORWARD_ROW
+    """What a benchmark would have written on a GPU."""
+    row = ROWS[kind]
     packages = {name: "9.8.7" for name in ("python", "torch", "g2rpo", "cuda", "triton",
-                                           "diffusers", "torchao")}  # fmt: skip
+                                           "diffusers", "torchao", "bitsandbytes")}  # fmt: skip
     return {
         "kind": kind, "size": "flux", "device": "cuda", "versions": packages,
         "machine": {"name": "A Card", "driver": "1.2"}, "date": "2031-01-02", "commit": "abc",
@@ -201,7 +228,7 @@ def test_a_card_gets_into_the_readme(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert "**A Card.** driver 1.2; torch 9.8.7," in readme.section(kind)
         assert "Not yet measured" not in readme.section(kind)
         assert "- a case: no time" in readme.section(kind)
-    blocks, forward = map(readme.section, files)
+    blocks, forward, update, adamw = map(readme.section, files)
     assert (
         "| `gelu_tanh` | fwd | 12 × 2025 × 12288 | 1.2 ms | 720 µs | **800 µs** | 1.5× | 0.9× | "
         "1194 | 1500 | 75 % | 1 → 1 |"
@@ -213,6 +240,17 @@ def test_a_card_gets_into_the_readme(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert f"| {FUSED} | 0.00456 | 0.00789 |" in forward and "2537 tokens" in forward
     assert f"- batch 12, {FUSED} reached: 2.50 x eager, goal 1.6" in forward
     assert "<summary>Goals: 1 of 2 reached" in forward
+    assert "flux-dev-1gpu with --train.prompts_per_update 1: 1 prompt an update" in update
+    assert "| update | 4 s | 3.9 s | 70.00 GiB | 77.00 GiB |" in update
+    assert "| offload | 700 ms | – | 1.00 GiB | – |" in update and "- Out of memory" in update
+    assert "reached: 70.00 GiB at the peak, goal at most 76" in update
+    assert "MISSED: 10.00 % between predicted and measured peak, goal at most 5" in update
+    assert "6 double and 12 single blocks and all that is no block, 4,000 of 12,000" in adamw
+    assert ("| bitsandbytes AdamW8bit | 60 ms | 0.0125 | 12.00 | 960 | 86 % | 1.2× | 3.000 | 3 ms |"
+            in adamw)  # fmt: skip
+    assert "| torchao AdamW8bit | not timed |" in adamw and "on backend `cuda`" in adamw
+    assert "- adamw8bit-others-flux, torchao AdamW8bit: not installed" in adamw
+    assert "<summary>Goals: 2 of 3 reached" in adamw
 
 
 @pytest.mark.parametrize("kind", list(flux_report.SECTIONS))
@@ -229,7 +267,8 @@ def test_what_does_not_get_into_the_readme(
         file.write_text(json.dumps(on_a_card(kind) | change))
         assert readme.report() == 0 and "Not yet measured" in readme.section(kind)
         assert f"left alone: card.json ({why}" in capsys.readouterr().out
-    for lost in ('"rounds"', '"seconds"', '"versions"'):
+    row_key = '"batches"' if kind == flux_results.UPDATE else '"rounds"'
+    for lost in (row_key, '"seconds"', '"versions"'):
         file.write_text(json.dumps(on_a_card(kind)).replace(lost, '"nothing"'))
         assert readme.report() == 2
         assert f"lacks {lost[1:-1]}; measure again" in capsys.readouterr().err

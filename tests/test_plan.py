@@ -6,13 +6,13 @@ import re
 import pytest
 
 from g2rpo import arguments as args
-from g2rpo import cli, plan_speed
+from g2rpo import cli
 from g2rpo.config import Config
-from g2rpo.plan import as_json, make_plan
-from g2rpo.plan_cards import CARDS, GIB, find_card
-from g2rpo.plan_memory import completion_evaluations, plan_memory, trained
-from g2rpo.plan_model import FLUX_ENCODERS, sizes_of
-from g2rpo.plan_speed import forward_flops, plan_work
+from g2rpo.plan import as_json, make_plan, speed
+from g2rpo.plan.cards import CARDS, GIB, find_card
+from g2rpo.plan.memory import completion_evaluations, plan_memory, trained
+from g2rpo.plan.model import FLUX_ENCODERS, sizes_of
+from g2rpo.plan.speed import forward_flops, plan_work
 from g2rpo.schedule import evaluations_per_prompt
 
 FLUX = "black-forest-labs/FLUX.1-dev"
@@ -163,11 +163,11 @@ def test_a_measured_update_stands_beside_the_estimate(tmp_path, monkeypatch, cap
             "peak_bytes": {"weights": 1, "anchor": 30 * GIB, "update": 71 * GIB},
             "phases": {"anchor": 8.0, "completions": 1000.0, "update": 50.0}}  # fmt: skip
     results(tmp_path, H100.devices[0], kind="flux-update", cases=[case])
-    measured = plan_speed.measured_update
+    measured = speed.measured_update
     monkeypatch.setattr("g2rpo.plan.measured_update", lambda *a: measured(*a, tmp_path))
     assert cli.main(["plan", "flux-dev-1gpu", "--gpu", "h100-80gb"]) == 0
     out = capsys.readouterr().out
-    assert "71.00 GiB at most, in backward (measured, flux-update-a.json)" in " ".join(out.split())
+    assert "71.00 GiB at most, in step (measured, flux-update-a.json)" in " ".join(out.split())
     assert "measured: flux-update-a.json" in out and "16 min 40 s" in out
     changed = ["--gpu", "h100-80gb", "--rollout.eta", "0.6"]
     assert cli.main(["plan", "flux-dev-1gpu", *changed]) == 0

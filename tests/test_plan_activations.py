@@ -12,9 +12,9 @@ from torch import nn
 import g2rpo_kernels as gk
 from g2rpo.config import LORA_TARGETS, LoraConfig
 from g2rpo.optimizers import make_optimizer, modulation_linears
-from g2rpo.plan_activations import Activations
-from g2rpo.plan_memory import plan_memory, trained
-from g2rpo.plan_model import FLUX_VAE, transformer_sizes
+from g2rpo.plan.activations import Activations
+from g2rpo.plan.memory import plan_memory, trained
+from g2rpo.plan.model import FLUX_VAE, transformer_sizes
 from g2rpo.rewards import Reward
 from g2rpo.trainer import Trainer
 from g2rpo.weights import LoraWeights

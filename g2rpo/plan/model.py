@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import Config
-from .digits.model import ARCHITECTURE
-from .digits.scans import LATENT_SHAPE
-from .errors import ConfigurationError
-from .flux.files import component, read_header, read_json
-from .flux.images import latent_shape
-from .flux.model import SIDE
-from .optimizers import modulation_linears
+from ..config import Config
+from ..digits.model import ARCHITECTURE
+from ..digits.scans import LATENT_SHAPE
+from ..errors import ConfigurationError
+from ..flux.files import component, read_header, read_json
+from ..flux.images import latent_shape
+from ..flux.model import SIDE
+from ..optimizers import modulation_linears
 
 # transformer/config.json and vae/config.json of black-forest-labs/FLUX.1-dev; in FLUX.1-schnell's
 # guidance_embeds is false and the rest the same.

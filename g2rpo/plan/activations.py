@@ -36,7 +36,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .plan_model import Linear, Sizes, targeted
+from .model import Linear, Sizes, targeted
 
 # Shares of activations that a linear's input is: for the inputs that several linears have in common
 # the name of the first of them.

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import Config
-from .errors import ConfigurationError
-from .plan_cards import Card
-from .plan_memory import anchor_rows, completion_evaluations, dtype_of, trained
-from .plan_model import Sizes
+from ..config import Config
+from ..errors import ConfigurationError
+from .cards import Card
+from .memory import anchor_rows, completion_evaluations, dtype_of, trained
+from .model import Sizes
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"  # of a checkout
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # of a checkout
 
 # Seconds of 28 steps at 1024 x 1024, batch 4, text encoders and autoencoder included, on an H100 80
 # GB: eager 24.828, torch.compile 15.948, and with rowwise FP8 11.692 (sayakpaul/diffusers-torchao,

@@ -14,17 +14,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .arguments import make_parser, named_config, preset_names, take_options
-from .config import Config
-from .errors import ConfigurationError
-from .plan_cards import CARDS, Card, find_card
-from .plan_memory import Memory, dtype_of, plan_memory
-from .plan_model import Sizes, sizes_of
-from .plan_speed import Phase, Work, measured_update, plan_work
+from ..arguments import make_parser, named_config, preset_names, take_options
+from ..config import Config
+from ..errors import ConfigurationError
+from .cards import CARDS, Card, find_card
+from .memory import UPDATE, Memory, dtype_of, plan_memory
+from .model import Sizes, sizes_of
+from .speed import Phase, Work, measured_update, plan_work
 
 # Phases of the trainer, of which benchmarks/bench_flux_update.py measures the peak -> those here.
 MEASURED = {"prompts": "embed", "anchor": "anchor", "completions": "completions",
-            "rewards": "rewards", "update": "backward"}  # fmt: skip
+            "rewards": "rewards"}  # fmt: skip
 # And whose seconds it measures -> those here. The optimizer's are among the update's.
 TIMED = {"anchor": "anchor", "completions": "completions", "rewards": "decode",
          "update": "forward, backward"}  # fmt: skip
@@ -76,7 +76,10 @@ def make_plan(config: Config, card: Card, name: str = "", unchanged: bool = Fals
     measured = None
     if unchanged and (found := measured_update(card, name)):
         peaks, seconds, file = found
-        measured = {MEASURED[p]: peak for p, peak in peaks.items() if p in MEASURED}, file
+        # The trainer's update is backward and step: its peak is that of the larger of them.
+        update = max(UPDATE, key=memory.totals.__getitem__)
+        phases = {**MEASURED, "update": update}
+        measured = {phases[p]: peak for p, peak in peaks.items() if p in phases}, file
         work = replace(work, phases=_timed(work.phases, seconds, file))
     plan = Plan(name, config, sizes, card, memory, work, measured, ())
     return plan if plan.fits else replace(plan, switches=_switches(config, sizes, card))
@@ -198,7 +201,7 @@ def main(arguments: Sequence[str]) -> int:
     if options["--json"]:
         print(json.dumps(as_json(plan, price), indent=1))
     else:
-        from .plan_text import show
+        from .text import show
 
         show(plan, price)
     return 0 if plan.fits else 1

@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .config import Config
-from .metrics import duration
-from .plan import Plan
-from .plan_cards import GIB
-from .plan_memory import dtype_of, trained
-from .plan_speed import SOURCE, Phase
+from ..config import Config
+from ..metrics import duration
+from ..plan import Plan
+from .cards import GIB
+from .memory import dtype_of, trained
+from .speed import SOURCE, Phase
 
 WIDTH = 100
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .completions import completion_tree
-from .config import Config
-from .plan_activations import Activations, modulation_row
-from .plan_model import Sizes
+from ..completions import completion_tree
+from ..config import Config
+from .activations import Activations, modulation_row
+from .model import Sizes
 
 PHASES = ("load", "embed", "anchor", "completions", "rewards", "backward", "step")
 ROLLOUT = ("anchor", "completions", "rewards")
