@@ -5,7 +5,8 @@
 Needs no GPU. Triton kernels are compiled ahead of time; CUDA kernels are read out of the built
 extension. Exits with 1 if a kernel spills, or if one whose design says 16 bytes an access reads or
 writes the elements of a row in narrower pieces; with 2 if there was nothing to check. What could
-not be checked is said.
+not be checked is said. AdamW8bit reads and writes elements one by one, too, for tails and unaligned
+slices: it must do so 8 at a time besides.
 
 Which accesses go along a row is told from the machine code: those whose address depends on the
 thread. An address that all threads share is a number of a row or of a branch (a coefficient, a
@@ -30,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 WIDE = 16  # bytes
 NOT_ALONG_ROWS = ("finish_", "group_advantages", "probe")
+IN_EIGHTS = "adamw8bit"  # elements at a time: 8 bytes of codes, 16 or more of the others
 WITH_SEEDS = ("normal", "sde_step")  # whose branches' seeds are int64, one a thread or for all
 SUMS = 4  # stores of partial sums, at most; an access of 16 bytes taken apart makes that many
 
@@ -41,6 +43,7 @@ class Access:
     store: bool
     size: int  # bytes a thread
     by_thread: bool  # whether its address depends on the thread
+    constant: bool = False  # of a table, or of what no kernel writes
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ def accesses_and_spills(lines: Iterable[str]) -> tuple[list[Access], int]:
             spills += 1
         if name in ("LDG", "STG"):
             address = operands[operands.rfind("[") : operands.rfind("]")]
-            accesses.append(Access(name == "STG", size_of(suffixes), by_thread(address)))
+            constant = "CONSTANT" in suffixes
+            accesses.append(Access(name == "STG", size_of(suffixes), by_thread(address), constant))
         if name.startswith(("ST", "RED", "BAR", "BRA", "EXIT", "ISETP", "FSETP")):
             continue
         written, _, read = operands.partition(",")
@@ -145,6 +149,8 @@ def faults_of(kernel: str, accesses: list[Access], spills: int) -> tuple[str, ..
     faults = [f"{spills} accesses to spilled registers"] if spills else []
     if kernel.startswith(NOT_ALONG_ROWS):
         return tuple(faults)
+    if kernel.startswith(IN_EIGHTS):
+        return (*faults, *faults_in_eights(accesses))
     least = 8 if kernel.startswith(WITH_SEEDS) else WIDE
     loads = [a for a in accesses if not a.store and a.by_thread and a.size < least]
     stores = [a for a in accesses if a.store and a.size < WIDE]
@@ -156,6 +162,18 @@ def faults_of(kernel: str, accesses: list[Access], spills: int) -> tuple[str, ..
     if writes_rows and (len(stores) >= SUMS or not wide):
         faults.append(f"{len(stores)} stores narrower than {WIDE} bytes along a row")
     return tuple(faults)
+
+
+def faults_in_eights(accesses: list[Access]) -> list[str]:
+    """Gradients, weights and the codes of both moments are read; all but the gradients, written."""
+    faults = []
+    for store, codes, others in ((False, 2, 2), (True, 2, 1)):
+        sizes = [a.size for a in accesses if a.store == store and a.by_thread and not a.constant]
+        for size, least in ((8, codes), (WIDE, others)):
+            if sizes.count(size) < least:
+                what = f"{'stores' if store else 'loads'} of {size} bytes"
+                faults.append(f"{sizes.count(size)} {what} of 8 elements; expected {least} or more")
+    return faults
 
 
 def widths(accesses: list[Access], store: bool) -> str:

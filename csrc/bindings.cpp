@@ -199,6 +199,7 @@ PYBIND11_MODULE(_C, m) {
   define_policy_loss<cuda::policy_loss>(on_cuda);
   define_log_prob_backward<cuda::log_prob_backward>(on_cuda);
   define_group_advantages<cuda::group_advantages>(on_cuda);
+  define_adamw8bit<cuda::adamw8bit>(on_cuda);
   on_cuda.def("scratch_size", &cuda::scratch_size);
   on_cuda.def("probe", [](int device) -> py::object {
     const char* error = cuda::probe(device);

@@ -1,4 +1,4 @@
-// What every native op takes and what it does; cpu.cpp and flow.cu implement the same list.
+// What every native op takes and what it does; csrc/*.cpp and csrc/*.cu implement the same list.
 //
 // Raw pointers to contiguous arrays and sizes; nothing here knows torch or Python, and nothing is
 // checked: g2rpo_kernels checks before it calls. P anchor rows, G branches of each, N elements a row

@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/flow.cu, run on the CPU: see cuda_emulation/cuda_runtime.h.
+"""The CUDA kernels of csrc/*.cu, run on the CPU: see cuda_emulation/cuda_runtime.h.
 
 What this shows needs no GPU: the op tests pass on these kernels, indices hold beyond 2^31 elements,
 nothing depends on the order of threads and blocks, nothing outside of the arrays is touched.
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import g2rpo_kernels as gk
-from g2rpo_kernels import _library
+from g2rpo_kernels import _library, native_optim
 from g2rpo_kernels.normal import _box_muller, _uniform, philox
 
 TESTS = Path(__file__).resolve().parent
@@ -61,6 +61,7 @@ def emulated(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         monkeypatch.setattr(op, "implementations", dict(op.implementations))
     for name in ("_absent", "_probes", "_answers"):
         monkeypatch.setattr(_library, name, dict(getattr(_library, name)))
+    monkeypatch.setattr(native_optim, "EXTENSIONS", dict(native_optim.EXTENSIONS))
     emulated_cuda.install(native)
     emulated_cuda.poison(True)
     with gk.use_backend("cuda"):
@@ -69,12 +70,13 @@ def emulated(native: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 def test_the_op_tests_pass_on_the_kernels(library: Path, record_property: Callable) -> None:
-    suites = ["test_ops.py", "test_policy_loss.py", "test_group_advantages.py", "test_normal.py"]
+    suites = ["ops", "policy_loss", "group_advantages", "normal", "adamw8bit_native"]
     slow = "flux or 129600 or 12345 or 4101 or 2025 or layout or tails or law or uncorrelated"
+    slow += " or vector_variant"
     paths = os.pathsep.join([str(TESTS), str(TESTS / "cuda_emulation"), str(TESTS.parent)])
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "emulated_cuda", "-p", "no:cacheprovider",
-         "-k", f"not ({slow})", *(str(TESTS / suite) for suite in suites)],
+         "-k", f"not ({slow})", *(str(TESTS / f"test_{suite}.py") for suite in suites)],
         env={**os.environ, emulated_cuda.VARIABLE: str(library), "PYTHONPATH": paths},
         capture_output=True,
         text=True,

@@ -49,7 +49,7 @@ def test_accesses_and_spills_of_a_listing() -> None:
     assert name == "a_kernel" and spills == 2
     assert accesses == [
         Access(False, 4, False), Access(False, 16, True), Access(True, 16, True),
-        Access(False, 2, True), Access(True, 4, True), Access(True, 8, False),
+        Access(False, 2, True, constant=True), Access(True, 4, True), Access(True, 8, False),
     ]  # fmt: skip
     assert report.widths(accesses, store=False) == "16/2"
     assert report.widths(accesses, store=True) == "16/4"
@@ -69,6 +69,21 @@ def test_what_is_a_fault() -> None:
     assert faults_of("sde_step_kernel", [*wide, sums], 0) == ()
     assert "stores" in faults_of("sde_step_kernel", [*wide, *[sums] * 4], 0)[0]
     assert "stores" in faults_of("step_mean_kernel", [wide[0], sums], 0)[0]
+
+
+def test_what_is_a_fault_of_arrays_in_pieces_of_eight_elements() -> None:
+    loads, codes = [Access(False, 16, True)] * 2, [Access(False, 8, True)] * 2
+    stores = [Access(True, 16, True), Access(True, 8, True), Access(True, 8, True)]
+    one_by_one = [Access(False, 1, True), Access(True, 2, True)]
+    good = [*loads, *codes, *stores, *one_by_one]
+    assert faults_of("adamw8bit_kernel", good, 0) == ()
+    assert "spilled" in faults_of("adamw8bit_kernel", good, 1)[0]
+    table = Access(False, 16, True, constant=True)
+    lacking = [*loads[1:], *codes, *stores, table]
+    (fault,) = faults_of("adamw8bit_kernel", lacking, 0)
+    assert fault == "1 loads of 16 bytes of 8 elements; expected 2 or more"
+    (fault,) = faults_of("adamw8bit_kernel", [*loads, *codes, *stores[1:]], 0)
+    assert fault == "0 stores of 16 bytes of 8 elements; expected 1 or more"
 
 
 def test_a_kernel_that_spills_is_found(tmp_path: Path) -> None:
@@ -128,7 +143,7 @@ def test_cuda_kernels_are_read_out_of_the_extension() -> None:
     rows = list(report.cuda_rows(binary))
     if not rows:
         pytest.skip("g2rpo_kernels._C was built without CUDA")
-    assert {"step_mean_kernel", "sde_step_kernel"} <= {row.kernel for row in rows}
+    assert {"step_mean_kernel", "sde_step_kernel", "adamw8bit_kernel"} <= {r.kernel for r in rows}
     assert all(row.arch.startswith("sm_") for row in rows)
 
 

@@ -1,4 +1,4 @@
-// As much of the CUDA runtime as csrc/flow.cu uses, on a CPU: so that its kernels run where no GPU
+// As much of the CUDA runtime as csrc/*.cu use, on a CPU: so that their kernels run where no GPU
 // is. The threads of a block are fibers that switch at barriers and shuffles, the blocks run one
 // after the other, both in either order. Slow, and blind to a wrong fence between blocks; but indices,
 // masks, reductions, launch sizes and missing barriers show.
@@ -30,6 +30,10 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 
 inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -42,7 +46,7 @@ struct Fiber {
   std::vector<char> stack = std::vector<char>(64 << 10);
   Wait wait = Wait::nothing;
   unsigned shuffles = 0;
-  float shuffled[2];  // two, since a lane may be one shuffle ahead of the others
+  uint32_t shuffled[2];  // two, since a lane may be one shuffle ahead of the others
 };
 
 inline std::vector<Fiber> fibers(1024);
@@ -114,16 +118,55 @@ template <class T>
 T __ldcg(const T* from) {
   return *from;
 }
+template <class T>
+T __ldcs(const T* from) {
+  return *from;
+}
+template <class T>
+void __stcs(T* to, T x) {
+  *to = x;
+}
 inline void __threadfence() {}
 inline void __syncthreads() { emulation::stop_at(emulation::Wait::block); }
 
-inline float __shfl_xor_sync(unsigned mask, float x, int distance) {
+namespace emulation {
+
+// Gives the lanes of a warp each other's x, in `shuffled[turn]`.
+inline unsigned exchange(unsigned mask, uint32_t x) {
   if (mask != 0xFFFFFFFFu) std::abort();
-  emulation::Fiber& own = emulation::fibers[threadIdx.x];
+  Fiber& own = fibers[threadIdx.x];
   const unsigned turn = own.shuffles++ % 2;
   own.shuffled[turn] = x;
-  emulation::stop_at(emulation::Wait::warp);
-  return emulation::fibers[threadIdx.x ^ static_cast<unsigned>(distance)].shuffled[turn];
+  stop_at(Wait::warp);
+  return turn;
+}
+
+}  // namespace emulation
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T x, int distance) {
+  static_assert(sizeof(T) == 4);
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const unsigned turn = emulation::exchange(mask, bits);
+  const unsigned other = threadIdx.x ^ static_cast<unsigned>(distance);
+  std::memcpy(&x, &emulation::fibers[other].shuffled[turn], 4);
+  return x;
+}
+
+inline uint32_t __reduce_max_sync(unsigned mask, uint32_t x) {
+  const unsigned turn = emulation::exchange(mask, x), first = threadIdx.x & ~31u;
+  for (unsigned i = first; i < first + 32; ++i) x = std::max(x, emulation::fibers[i].shuffled[turn]);
+  return x;
+}
+
+// c + the sum of the products of their bytes; of a's upper two halves and b's upper two bytes.
+inline uint32_t __dp4a(uint32_t a, uint32_t b, uint32_t c) {
+  for (int at = 0; at < 32; at += 8) c += (a >> at & 0xFF) * (b >> at & 0xFF);
+  return c;
+}
+inline uint32_t __dp2a_hi(uint32_t a, uint32_t b, uint32_t c) {
+  return c + (a & 0xFFFF) * (b >> 16 & 0xFF) + (a >> 16) * (b >> 24);
 }
 
 inline uint32_t atomicAdd(uint32_t* to, uint32_t x) {

@@ -1,8 +1,6 @@
 // The launchers of csrc/flow.cu, run through this folder's cuda_runtime.h, for ctypes.
 #include <cuda_runtime.h>
 
-#include <utility>
-
 #include "flow.cu"
 
 #define ENTRY(op, Arguments)                                          \
@@ -26,17 +24,6 @@ const char* emulated_probe(int device) { return g2rpo::cuda::probe(device); }
 int64_t emulated_scratch_size(int64_t rows, int64_t branches, int64_t count, int64_t extras) {
   return g2rpo::cuda::scratch_size(rows, branches, count, extras);
 }
-
-int emulated_device() { return emulation::device; }
-
-// Threads and blocks last to first; and which blocks of every grid run.
-void emulate(int reversed, int64_t first_block, int64_t last_block) {
-  emulation::reversed = reversed != 0;
-  emulation::first_block = first_block;
-  emulation::last_block = last_block;
-}
-
-int64_t emulated_blocks() { return std::exchange(emulation::blocks_run, 0); }
 
 // What block `block` owns: row, chunk, its branches from, to, and thread `thread`'s first element,
 // how many it has; then the number of blocks and of chunks.
