@@ -48,7 +48,7 @@ from results import ResultsError
 from texts import number_text, over, table, time_text, times_text
 from timing import interleave, quartiles, ratio, synchronizer
 
-from g2rpo_kernels import native_optim
+from g2rpo_kernels.optim import native as native_optim
 
 COPY_GOAL = 0.85  # of the copy bandwidth
 AT_LEAST = 0.25  # seconds of steps a round, on a GPU

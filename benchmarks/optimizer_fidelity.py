@@ -33,7 +33,7 @@ from texts import table
 from torch import Tensor, nn
 
 import g2rpo_kernels as gk
-from g2rpo_kernels._adamw8bit import LOW_BITS, join_master
+from g2rpo_kernels.optim.arithmetic import LOW_BITS, join_master
 
 LR, BETAS, EPS, SPREAD, MEAN = 2e-6, (0.9, 0.999), 1e-8, 0.02, 0.1
 SIZES = (1e-5, 1e-6, 1e-7)  # rms of the gradients

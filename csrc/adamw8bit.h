@@ -2,14 +2,14 @@
 //
 // Moments are codes of 8 bits with one float32 scale a block, the block's largest magnitude: Dettmers
 // et al. 2022 (arXiv 2110.02861), whose dynamic code this is, or e4m3. Every line rounds once and
-// nothing is contracted, so that all backends and g2rpo_kernels/_adamw8bit.py have the same bits.
+// nothing is contracted, so that all backends and g2rpo_kernels/optim/arithmetic.py have the same bits.
 #pragma once
 
 #include "flow.h"
 
 namespace g2rpo {
 
-// Of one step of one parameter group, each rounded once from float64 (_adamw8bit.constants).
+// Of one step of one parameter group, each rounded once from float64 (optim/arithmetic.py: constants).
 struct AdamwConstants {
   float beta1, one_minus_beta1, beta2, one_minus_beta2;
   float step_size;       // lr / (1 - beta1^t)

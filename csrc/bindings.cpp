@@ -2,7 +2,7 @@
 //
 // Both have the same functions with the same arguments, in the order of ops.h: addresses as
 // integers (0: not given), dtypes by number (the order of `Dtype`), last `device` and `stream`, which
-// the CPU ignores. g2rpo_kernels/native.py and native_optim.py are their only callers.
+// the CPU ignores. g2rpo_kernels/native.py and optim/native.py are their only callers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -173,7 +173,7 @@ void define_adamw8bit(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native ops of g2rpo_kernels; called through its native and native_optim alone.";
+  m.doc() = "Native ops of g2rpo_kernels; called through its native and optim.native alone.";
   py::module_ on_cpu = m.def_submodule("cpu");
   define_step_mean<cpu::step_mean>(on_cpu);
   define_ode_step<cpu::ode_step>(on_cpu);

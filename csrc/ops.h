@@ -96,7 +96,7 @@ struct GroupAdvantages {
 };
 
 // One parameter of AdamW8bit, flattened: B = ceil(count / block_size) blocks. Ten words of 8 bytes, as
-// g2rpo_kernels/optim.py writes them. On a GPU the array of them is in device memory.
+// g2rpo_kernels/optim/pack.py writes them. On a GPU the array of them is in device memory.
 struct AdamwTensor {
   void* param;                                // [count] of param_dtype
   void* grad;                                 // [count] of grad_dtype

@@ -17,8 +17,9 @@ from types import ModuleType
 
 import torch
 
-from . import _library, native_optim
+from . import _library
 from .native import native_implementations
+from .optim import native as native_optim
 
 REBUILD = "reinstall g2rpo from source where nvcc is (G2RPO_BUILD=cuda)"
 

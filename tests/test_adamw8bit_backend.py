@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import g2rpo_kernels as gk
-from g2rpo_kernels import _library, native_optim
+from g2rpo_kernels import _library
+from g2rpo_kernels.optim import native as native_optim
 
 CPU = torch.device("cpu")
 

@@ -33,8 +33,8 @@ from test_adamw8bit_native import (
 )
 from torch import Tensor
 
-from g2rpo_kernels import native_optim
-from g2rpo_kernels._adamw8bit import Constants, constants, dynamic_code, step_reference
+from g2rpo_kernels.optim import native as native_optim
+from g2rpo_kernels.optim.arithmetic import Constants, constants, dynamic_code, step_reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "cuda_emulation"))
 

@@ -15,8 +15,9 @@ import torch
 from cases import Target
 from torch import Tensor
 
-from g2rpo_kernels import _library, native_optim
-from g2rpo_kernels._adamw8bit import constants, seed_word, step_reference
+from g2rpo_kernels import _library
+from g2rpo_kernels.optim import native as native_optim
+from g2rpo_kernels.optim.arithmetic import constants, seed_word, step_reference
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 COUNTS = (1, 7, 8, 255, 256, 257, 5000)

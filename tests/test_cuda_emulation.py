@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 import g2rpo_kernels as gk
-from g2rpo_kernels import _library, native_optim
+from g2rpo_kernels import _library
 from g2rpo_kernels.normal import _box_muller, _uniform, philox
+from g2rpo_kernels.optim import native as native_optim
 
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS / "cuda_emulation"))

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 import g2rpo_kernels as gk
-from g2rpo_kernels import _library, _load, native_optim
+from g2rpo_kernels import _library, _load
+from g2rpo_kernels.optim import native as native_optim
 
 ROOT = Path(__file__).resolve().parent.parent
 GPU = torch.device("cuda", 0)

@@ -10,9 +10,9 @@ from cases import Target, generator, targets
 from torch import Tensor, nn
 
 import g2rpo_kernels as gk
-from g2rpo_kernels import native_optim
-from g2rpo_kernels._adamw8bit import join_master, seed_word
-from g2rpo_kernels._optim_pack import seed_words
+from g2rpo_kernels.optim import native as native_optim
+from g2rpo_kernels.optim.arithmetic import join_master, seed_word
+from g2rpo_kernels.optim.pack import seed_words
 
 BF16, F32 = torch.bfloat16, torch.float32
 SHAPES = {"weight": (24, 33), "bias": (24,), "scalar": (), "empty": (0, 5), "conv": (6, 4, 3, 3)}

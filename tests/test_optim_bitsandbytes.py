@@ -10,7 +10,7 @@ from test_optim import BF16, F32, assert_same, give_gradients, optimizer, parame
 from torch import Tensor
 
 from g2rpo_kernels import optim
-from g2rpo_kernels._adamw8bit import dynamic_code
+from g2rpo_kernels.optim.arithmetic import dynamic_code
 
 SHAPES = {"large": (70, 90), "small": (30, 10), "edge": (4096,)}  # "small" is float32 there
 NUMBERS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}

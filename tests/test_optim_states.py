@@ -23,7 +23,7 @@ from test_optim import (
 from torch import Tensor, nn
 
 import g2rpo_kernels as gk
-from g2rpo_kernels._optim_host import ALIGNMENT, HostMemory
+from g2rpo_kernels.optim.host import ALIGNMENT, HostMemory
 
 
 def tensors_of(opt: gk.AdamW8bit) -> dict[str, Tensor]:

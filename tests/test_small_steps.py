@@ -6,7 +6,7 @@ from tiny import TinyModel, brightness, tiny_config
 
 from g2rpo.rewards import Reward
 from g2rpo.trainer import Trainer
-from g2rpo_kernels._adamw8bit import join_master
+from g2rpo_kernels.optim.arithmetic import join_master
 
 UPDATES = 4
 

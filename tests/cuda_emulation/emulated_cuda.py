@@ -18,7 +18,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from g2rpo_kernels import _library, native, native_optim
+from g2rpo_kernels import _library, native
+from g2rpo_kernels.optim import native as native_optim
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native_optim
-from ._adamw8bit import MASK64, Constants, _splitmix64, constants, step_reference
-from ._optim_parts import TENSORS, Slot, check_contiguous, check_state
+from . import native
+from .arithmetic import MASK64, Constants, _splitmix64, constants, step_reference
+from .parts import TENSORS, Slot, check_contiguous, check_state
 
 
 @dataclass(eq=False, slots=True)
@@ -37,7 +37,7 @@ class Pack:
         for slot, param, grad, _ in self.members:
             rest = *slot.pointers, param.numel(), slot.first, 0
             extend((param.data_ptr(), grad.data_ptr(), *rest))
-        table = torch.frombuffer(words, dtype=torch.int64).view(-1, native_optim.WORDS)
+        table = torch.frombuffer(words, dtype=torch.int64).view(-1, native.WORDS)
         indices = torch.tensor([slot.index for slot, _, _, _ in self.members])
         table[:, -1] = seed_words(self.group["seed"], self.step, indices)
         return table
@@ -85,10 +85,10 @@ def run(pack: Pack, grad_scale: float, zero_grad: bool) -> None:
         float(group["weight_decay"]), pack.step, grad_scale,
     )  # fmt: skip
     param_dtype, low_bytes, device = pack.kind
-    backend = native_optim.backend_for(device)
+    backend = native.backend_for(device)
     if backend == "reference":
         return _run_reference(pack, k, zero_grad)
-    native_optim.step(
+    native.step(
         backend, pack.table(), k, device, param_dtype, pack.grad_dtype, low_bytes,
         group["block_size"], group["codec"], zero_grad,
     )  # fmt: skip
@@ -114,7 +114,7 @@ def _run_reference(pack: Pack, k: Constants, zero_grad: bool) -> None:
 
 
 def seed_words(seed: int, step: int, indices: Tensor) -> Tensor:
-    """`_adamw8bit.seed_word` of many parameters: int64 of the same 64 bits each."""
+    """`arithmetic.seed_word` of many parameters: int64 of the same 64 bits each."""
     state = 0
     for part in (seed, step):
         state = _splitmix64((state ^ (part & MASK64)) & MASK64)

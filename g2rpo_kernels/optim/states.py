@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._optim_host import HostMemory
-from ._optim_parts import (
+from .host import HostMemory
+from .parts import (
     PARAM_DTYPES,
     Slot,
     check_group,

@@ -12,9 +12,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import _library
-from ._adamw8bit import Constants
-from .native import _DTYPES
+from .. import _library
+from ..native import _DTYPES
+from .arithmetic import Constants
 
 # By backend name, "cpu" and "cuda": the submodules of g2rpo_kernels._C that this installation has.
 EXTENSIONS: dict[str, ModuleType] = {}

@@ -27,17 +27,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._optim_pack import Pack, is_pointed, point, run
-from ._optim_parts import (
+from ..gradient_factors import GradientFactors
+from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
+from .pack import Pack, is_pointed, point, run
+from .parts import (
     Slot,
     check_group,
     gradient_of,
     local,
     names_of_non_finite,
 )
-from ._optim_states import OptimizerStates
-from .gradient_factors import GradientFactors
-from .optim_bitsandbytes import from_bitsandbytes, to_bitsandbytes
+from .states import OptimizerStates
 
 __all__ = ["AdamW8bit", "from_bitsandbytes", "to_bitsandbytes"]
 

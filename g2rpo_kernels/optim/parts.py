@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ._adamw8bit import CODECS, LOW_BITS, LOW_DTYPES
-from .gradient_factors import GradientFactors, _fold
+from ..gradient_factors import GradientFactors, _fold
+from .arithmetic import CODECS, LOW_BITS, LOW_DTYPES
 
 PARAM_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .normal import philox
+from ..normal import philox
 
 DECADES = 7
 CODECS = ("dynamic", "fp8")

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._adamw8bit import decode, dynamic_code, encode
-from ._optim_parts import PARAM_DTYPES, local, state_layout
+from .arithmetic import decode, dynamic_code, encode
+from .parts import PARAM_DTYPES, local, state_layout
 
 if TYPE_CHECKING:
-    from .optim import AdamW8bit
+    from . import AdamW8bit
 
 BLOCK_SIZE = 256
 LEAST_8BIT = 4096  # elements of a parameter whose moments bitsandbytes keeps in 8 bits
