@@ -166,6 +166,11 @@ def test_factors_adapters_and_copies_are_counted():
     assert sizes.adapters(4, LORA_TARGETS) == sum(p.numel() for p in adapters.values())
 
 
+def fp8_tensors() -> list[torch.Tensor]:
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    return [t for t in tensors if t.dtype is torch.float8_e4m3fn]
+
+
 @pytest.fixture(scope="module")
 def an_update():
     """Peaks of a second update by the trainer's phases, FP8 bytes as its last phase began, and the
@@ -175,14 +180,14 @@ def an_update():
     config.rollout.precision = "fp8"
     config.train.prompts_per_update = 4
     peaks, fp8, live, running = {}, {}, Live(), []
+    others = fp8_tensors()  # of tests before this one, alive until its end
 
     def begin(name):
         if running:
             peaks[running.pop()] = live.peak
         running.append(name)
         live.peak = live.now
-        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
-        tensors = [t for t in tensors if t.dtype is torch.float8_e4m3fn]
+        tensors = [t for t in fp8_tensors() if not any(t is other for other in others)]
         fp8[name] = sum({t.data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     trainer = Trainer(config, TinyModel(), [Reward("brightness", brightness)], on_phase=begin)
