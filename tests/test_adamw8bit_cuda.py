@@ -73,6 +73,13 @@ class Emulated:
             raise RuntimeError(f"CUDA: {error.decode()}")
 
 
+@pytest.fixture(autouse=True)
+def the_same_numbers_every_time() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     built = emulated_cuda.build_adamw8bit(tmp_path_factory.mktemp("cuda_emulation"))
@@ -245,6 +252,16 @@ def any_float(count: int, low: int, high: int) -> Tensor:
     """Of either sign, from 2^low to 2^high."""
     exponent = torch.rand(count, dtype=torch.float64) * (high - low) + low
     return (torch.exp2(exponent) * torch.randn(count).sign()).float()
+
+
+def test_every_root(library: ctypes.CDLL) -> None:
+    """Of all mantissas and both parities of the exponent."""
+    k = constants(1.0, (0.9, 0.999), 1e-8, 0.0, 1, 1.0)
+    for part in torch.arange(2**24, dtype=torch.int32).split(2**22):
+        v = (part + (97 << 23)).view(torch.float32)  # from 2^-30 on
+        w, m = torch.zeros_like(v), torch.full_like(v, 1e-3)
+        fast, exact, taken = weights(library, k, w, m, v)
+        assert taken.all() and torch.equal(fast, exact)
 
 
 @pytest.mark.parametrize("eps", [1.0, 1e-5, 1e-8, 1e-12])
