@@ -12,9 +12,9 @@ from .errors import ConfigurationError, TrainingError
 
 # Top-level modules that `pip install g2rpo` alone does not bring.
 TRAIN_EXTRA = (
-    "accelerate", "diffusers", "filelock", "huggingface_hub", "jinja2", "jsonargparse",
-    "matplotlib", "numpy", "peft", "PIL", "platformdirs", "rich", "safetensors", "sklearn",
-    "threadpoolctl", "tokenizers", "transformers", "yaml",
+    "accelerate", "anyio", "diffusers", "filelock", "httpx2", "huggingface_hub", "jinja2",
+    "jsonargparse", "matplotlib", "numpy", "peft", "PIL", "platformdirs", "rich", "safetensors",
+    "sklearn", "threadpoolctl", "tokenizers", "transformers", "yaml",
 )  # fmt: skip
 USAGE = """\
 usage: g2rpo COMMAND ...

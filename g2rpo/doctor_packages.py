@@ -42,6 +42,8 @@ PACKAGES = (
     Package("transformers", "training: FLUX's text encoders", TRAIN, uses="T5EncoderModel"),
     Package("accelerate", "training", TRAIN),
     Package("safetensors", "training: checkpoints", TRAIN),
+    Package("httpx2", "training: a judge over HTTP", TRAIN),
+    Package("anyio", "training: a judge over HTTP", TRAIN),
     Package("huggingface_hub", "training: FLUX from the hub", TRAIN),
     Package("peft", "training: LoRA", TRAIN),
     Package("jsonargparse", "training: configuration", TRAIN),

@@ -226,4 +226,4 @@ def test_it_runs_where_nothing_but_torch_can_be_imported() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "missing; pip install 'g2rpo[train]'" in done.stdout
-    assert "cpu: work" in done.stdout and "no: accelerate, diffusers" in done.stdout
+    assert "cpu: work" in done.stdout and "no: accelerate, anyio, diffusers" in done.stdout
