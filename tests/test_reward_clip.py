@@ -262,7 +262,7 @@ def test_offload_and_back(hps: ClipScorer) -> None:
     assert hps.model.device.type == "cpu"
     hps.encode_text(PROMPTS[:2])  # known: nothing comes back for it
     assert hps.model.device.type == "cpu"
-    hps._come_back()
+    hps.come_back()
     assert hps.model.device.type == "meta"
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from .clip_tokens import ClipTokens
+from .on_device import OnDevice
 from .preprocess import Preprocess, check
 from .tensors import AGAIN, read_tensors
 
@@ -32,38 +33,7 @@ CACHED = 4096  # prompts whose features are kept, on the host: 16 MiB at 1024 fe
 # Its published weights ("linearMSE") have no activation between them.
 HEAD_LAYERS = (0, 2, 4, 6, 7)
 
-ScorerT = TypeVar("ScorerT", bound="_OnDevice")
-
-
-class _OnDevice:
-    """Modules that live on a device, and may leave it between two phases of training."""
-
-    def __init__(self, *modules: nn.Module) -> None:
-        self._modules = modules
-        self.device = next(modules[0].parameters()).device
-        self._away = False
-
-    def to(self: ScorerT, device: torch.device | str) -> ScorerT:
-        """Score there from now on. Returns itself."""
-        self.device, self._away = torch.device(device), True
-        self._come_back()
-        return self
-
-    def offload(self: ScorerT) -> ScorerT:
-        """Weights to host memory; the next score brings them back to the device. Returns itself."""
-        for module in self._modules:
-            module.to("cpu")
-        self._away = self.device.type != "cpu"
-        return self
-
-    def _come_back(self) -> None:
-        if self._away:
-            for module in self._modules:
-                module.to(self.device)
-            self._away = False
-
-
-class ClipScorer(_OnDevice):
+class ClipScorer(OnDevice):
     """`scorer(images, prompts)` -> [N] float32: scale * cosine of an image and its prompt.
 
     model: transformers' CLIPModel, on its device, in its dtype (float32 or bfloat16; features are
@@ -111,7 +81,7 @@ class ClipScorer(_OnDevice):
         return self._features(*check(images))
 
     def _features(self, images: Tensor, finite: Tensor) -> Tensor:
-        self._come_back()
+        self.come_back()
         rows = [torch.empty(0, self.model.config.projection_dim, device=self.device)]
         for part in images.split(self.batch_size) if len(images) else ():
             pixels = self.preprocess(part.to(self.device)).to(self.model.dtype)
@@ -140,7 +110,7 @@ class ClipScorer(_OnDevice):
     def _encode_new(self, prompts: Sequence[str]) -> Tensor:  # [n, D] float32 on the host
         if self.tokens is None:
             raise ValueError("this scorer was made without a tokenizer; it encodes images alone")
-        self._come_back()
+        self.come_back()
         ids, ends, cut = self.tokens(prompts)
         hidden = self.model.text_model(input_ids=ids.to(self.device)).last_hidden_state
         pooled = hidden[torch.arange(len(ids)), ends.to(self.device)]
@@ -148,7 +118,7 @@ class ClipScorer(_OnDevice):
         return F.normalize(self.model.text_projection(pooled).float(), dim=-1).cpu()
 
 
-class AestheticScorer(_OnDevice):
+class AestheticScorer(OnDevice):
     """`scorer(images, prompts)` -> [N] float32: how much people like an image, about 1 to 10.
 
     clip: of the model whose features the head was trained on, OpenAI's ViT-L/14. head: of
@@ -165,7 +135,7 @@ class AestheticScorer(_OnDevice):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """[N] on the images' device; as ClipScorer's, errors too."""
         checked = check(images, prompts)
-        self._come_back()
+        self.come_back()
         features = self.clip.to(self.device)._features(*checked)
         return self.head(features).squeeze(1).to(images.device)
 

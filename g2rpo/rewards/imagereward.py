@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from .blip_weights import fill, text_tower, vision_tower
+from .on_device import OnDevice
 from .preprocess import Preprocess, check
 from .tensors import read_tensors
 
@@ -39,7 +40,7 @@ KEPT = 4096  # prompts whose tokens are kept
 UNUSED = ("blip.vision_proj.", "blip.text_proj.")  # of BLIP's pre-training
 
 
-class ImageReward:
+class ImageReward(OnDevice):
     """ImageReward(images, prompts) -> [N] float32: about standard normal, higher is better.
 
     Made by `load_imagereward`. batch_size: images of one forward. truncated_prompts: of how many
@@ -57,23 +58,12 @@ class ImageReward:
     ) -> None:
         if batch_size < 1:
             raise ConfigurationError(f"batch_size is {batch_size}; expected at least 1")
+        super().__init__(vision, text, head)
         self.vision, self.text, self.head, self.tokenizer = vision, text, head, tokenizer
         self.batch_size = batch_size
-        self.device = torch.device("cpu")
         self.truncated_prompts = 0
         self._preprocess = Preprocess(vision.config.image_size)
         self._tokens: dict[str, tuple[int, ...]] = {}  # of at most KEPT prompts, the oldest first
-
-    def to(self, device: torch.device | str) -> ImageReward:
-        """Where scores are computed from now on; the weights move there."""
-        self.device = torch.device(device)
-        self._move(self.device)
-        return self
-
-    def offload(self) -> ImageReward:
-        """The weights to host memory; the next call brings them back to `device`."""
-        self._move(torch.device("cpu"))
-        return self
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -85,7 +75,7 @@ class ImageReward:
         scores = images.new_full((len(images),), torch.nan, dtype=torch.float32)
         rows = finite.nonzero().flatten().tolist()
         if rows:
-            self._move(self.device)
+            self.come_back()
         for start in range(0, len(rows), self.batch_size):
             some = rows[start : start + self.batch_size]
             pixels = self._preprocess(checked[some].to(self.device))
@@ -115,10 +105,6 @@ class ImageReward:
                 del self._tokens[next(iter(self._tokens))]
             self._tokens[prompt] = (*ids, *[pad] * (TOKENS - len(ids)))
         return self._tokens[prompt]
-
-    def _move(self, device: torch.device) -> None:
-        for part in (self.vision, self.text, self.head):
-            part.to(device)
 
 
 def load_imagereward(
