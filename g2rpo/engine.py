@@ -12,14 +12,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import g2rpo_kernels as gk
 
 from .completions import CompletionBatch
 from .config import Config
 from .errors import ConfigurationError
-from .policy import Conditions, FluxPolicy, fp8_rollout
+from .metrics import size
+from .policy import Conditions, FluxPolicy
 
 Predict = Callable[[Tensor, CompletionBatch], Tensor]  # latents [batch, *S] -> velocities
 
@@ -93,3 +94,32 @@ def _mode(engine: str, device: torch.device) -> str:
             "'auto', 'eager' or 'compile'"
         )
     return engine
+
+
+def fp8_rollout(transformer: nn.Module, device: torch.device) -> gk.Fp8Rollout:
+    """FP8 completions on a GPU that can, the same numbers emulated on a CPU.
+
+    Raises ConfigurationError on a GPU that cannot, where the emulation would only be slow, and
+    where the copies of the weights do not fit.
+    """
+    try:
+        return gk.Fp8Rollout(transformer, emulate=device.type == "cpu")
+    except torch.OutOfMemoryError as error:
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        # Adapters are merged into the copies; modulations, which are norms' linears, have none.
+        weights = sum(
+            module.weight.numel()
+            for block in blocks
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear) and "norm" not in name and "lora_" not in name
+        )
+        raise ConfigurationError(
+            f"rollout.precision is 'fp8', whose copies of the weights need {size(weights)} on "
+            f"{device} (a byte a weight of the blocks' token linears) beside what is there; "
+            "expected more free memory, model.dtype bfloat16, model.lora.rank > 0 or "
+            f"rollout.precision null. PyTorch says: {error}"
+        ) from error
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"rollout.precision is 'fp8'; expected null on this hardware: {error}"
+        ) from error

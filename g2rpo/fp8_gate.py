@@ -83,6 +83,7 @@ def measure(trainer: Trainer, updates: int = 1) -> Agreement:
                 square = (ours - plain).flatten(1).square().sum(1)
                 error = square / plain.flatten(1).square().sum(1)
                 errors.setdefault(float(trainer.sigmas[k]), []).append(error)
+        fp8.release()  # they would be of the weights of before
         result = trainer.improver.improve(chunks, conditions, found["fp8"][2])
         stored = [b.old_log_prob[i] for i in range(len(trainer.positions)) for _, b in chunks]
         differences += [
@@ -90,7 +91,6 @@ def measure(trainer: Trainer, updates: int = 1) -> Agreement:
         ]
         trainer.improver.stepping = False
         trainer.updates = number
-        fp8.refresh()
     return Agreement(
         updates=updates,
         velocity_error=[(s, float(torch.cat(e).mean().sqrt())) for s, e in errors.items()],

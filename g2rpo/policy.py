@@ -16,11 +16,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-import g2rpo_kernels as gk
-
-from .errors import ConfigurationError
-from .metrics import size
-
 
 @dataclass(frozen=True)
 class Conditions:
@@ -112,35 +107,6 @@ class FluxPolicy:
         with torch.inference_mode():
             velocity = self.velocity(latents, sigma, conditions)
         return velocity.clone()
-
-
-def fp8_rollout(transformer: nn.Module, device: torch.device) -> gk.Fp8Rollout:
-    """FP8 completions on a GPU that can, the same numbers emulated on a CPU.
-
-    Raises ConfigurationError on a GPU that cannot, where the emulation would only be slow, and
-    where the copies of the weights do not fit.
-    """
-    try:
-        return gk.Fp8Rollout(transformer, emulate=device.type == "cpu")
-    except torch.OutOfMemoryError as error:
-        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-        # Adapters are merged into the copies; modulations, which are norms' linears, have none.
-        weights = sum(
-            module.weight.numel()
-            for block in blocks
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear) and "norm" not in name and "lora_" not in name
-        )
-        raise ConfigurationError(
-            f"rollout.precision is 'fp8', whose copies of the weights need {size(weights)} on "
-            f"{device} (a byte a weight of the blocks' token linears) beside what is there; "
-            "expected more free memory, model.dtype bfloat16, model.lora.rank > 0 or "
-            f"rollout.precision null. PyTorch says: {error}"
-        ) from error
-    except RuntimeError as error:
-        raise ConfigurationError(
-            f"rollout.precision is 'fp8'; expected null on this hardware: {error}"
-        ) from error
 
 
 class Model(Protocol):

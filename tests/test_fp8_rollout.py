@@ -10,10 +10,10 @@ from tiny import TinyModel, brightness, contrast, tiny_config
 
 import g2rpo.run  # noqa: F401  (or its first import would keep what a test below has patched)
 import g2rpo_kernels as gk
+from g2rpo.engine import fp8_rollout
 from g2rpo.errors import ConfigurationError
 from g2rpo.fp8_gate import lines, measure
 from g2rpo.metrics import size
-from g2rpo.policy import fp8_rollout
 from g2rpo.rewards import Reward
 from g2rpo.trainer import Trainer
 
