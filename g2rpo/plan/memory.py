@@ -208,8 +208,8 @@ def _conditions(config: Config, sizes: Sizes) -> int:
 
 
 def _table(config: Config, sizes: Sizes) -> int:
-    """What `gk.FluxRollout` computes once: modulations a (prompt, sigma), twice while they are put
-    together, and embedded text a prompt."""
+    """What `gk.FluxRollout` computes once: modulations a (prompt, sigma), embedded text a prompt.
+    While they are put together they are there twice, but no activations yet."""
     prompts = config.train.prompts_per_update
     made = (config.rollout.steps + 1) * modulation_row(sizes) + sizes.text * sizes.width
     return prompts * made * dtype_of(config).itemsize
