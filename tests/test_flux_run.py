@@ -164,6 +164,30 @@ def test_all_weights_from_a_file_with_everything_on(tmp_path, miniature):
     assert rows(second)[0]["reward/warmth/mean"] != rows(plain)[0]["reward/warmth/mean"]
 
 
+def test_the_preset_of_one_card(tmp_path, miniature):
+    """Its optimizer, its offload, fused blocks, FP8 completions; and a run that is cut in two."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    small = [
+        "--model.path", miniature, "--data.prompts", tmp_path / "prompts.txt",
+        "--data.max_sequence_length", 64, "--rewards", '[{"name": "flux_small:warmth"}]',
+        "--rollout.height", 32, "--rollout.width", 32, "--rollout.steps", 5,
+        "--rollout.sde_positions", "[0,1]", "--rollout.group_size", 3,
+        "--optimizer.lr", 1e-3, "--train.prompts_per_update", 2, "--train.evaluation_samples", 2,
+        "--train.save_every", 1,
+    ]  # fmt: skip
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    g2rpo("train", "flux-dev-1gpu", *small, "--train.updates", 3, "--train.output", straight)
+    g2rpo("train", "flux-dev-1gpu", *small, "--train.updates", 1, "--train.output", cut)
+    g2rpo("train", "--resume", cut, "--train.updates", 3)
+    found = rows(straight)
+    assert all(row["ratio_max"] == 1.0 and row["grad_norm"] > 0 for row in found[1:])
+    weights, again = files_of(straight, 3), files_of(cut, 3)
+    assert weights and all(torch.equal(weights[name], again[name]) for name in weights)
+    assert all(value.dtype is torch.bfloat16 for value in weights.values())
+    before = files_of(straight, 2)
+    assert any(not torch.equal(weights[name], before[name]) for name in weights)
+
+
 def test_training_moves_the_reward(tmp_path, miniature):
     config = write_run(
         tmp_path, miniature, model=FULL, optimizer={"lr": 1e-2},
