@@ -247,9 +247,14 @@ def test_an_interrupt_ends_a_call():
         signal.pthread_kill(main.ident, signal.SIGINT)
         return Reply(hang=True)
 
+    # A shell's background jobs begin with SIGINT ignored, and Python leaves it so.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
-    with JudgeServer(answer) as server, pytest.raises(KeyboardInterrupt):
-        make(server, timeout=60.0)(images(1), ["a"])
+    try:
+        with JudgeServer(answer) as server, pytest.raises(KeyboardInterrupt):
+            make(server, timeout=60.0)(images(1), ["a"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 3.0
 
 
