@@ -14,7 +14,7 @@ from .errors import ConfigurationError, TrainingError
 TRAIN_EXTRA = (
     "accelerate", "anyio", "diffusers", "filelock", "httpx2", "huggingface_hub", "jinja2",
     "jsonargparse", "matplotlib", "numpy", "peft", "PIL", "platformdirs", "rich", "safetensors",
-    "sklearn", "threadpoolctl", "tokenizers", "transformers", "yaml",
+    "scipy", "sklearn", "threadpoolctl", "tokenizers", "transformers", "yaml",
 )  # fmt: skip
 USAGE = """\
 usage: g2rpo COMMAND ...

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigurationError
-from .evaluation import score_rollout
+from .scoring import score_rollout
 from .objective import integrate_advantages
 from .trainer import Trainer
 

@@ -30,7 +30,13 @@ from .config import Config
 from .data import PromptSampler
 from .engine import CompletionEngine
 from .errors import ConfigurationError
-from .evaluation import evaluate_policy, row_slices, score_rollout
+from .scoring import (
+    evaluation_row,
+    row_slices,
+    sample_policy,
+    score_images,
+    score_rollout,
+)
 from .improve import Improver
 from .memory import peak_memory_bytes, refuse, within_memory
 from .objective import Advantages, integrate_advantages, summarise_losses
@@ -314,9 +320,9 @@ class Trainer:
         prompts = [every[i % len(every)] for i in range(samples)]
         average = self.average.applied() if self.average is not None else nullcontext()
         with self.phases("evaluation"), average:
-            row, images = evaluate_policy(
-                self.model, prompts, self.rewards, self.sigmas, self.branch_batch
-            )
+            images = sample_policy(self.model, prompts, self.sigmas, self.branch_batch)
+            scores = score_images(images, prompts, self.rewards, self.branch_batch)
+            row = evaluation_row(images, prompts, self.rewards, scores)
         return {**row, "seconds/evaluation": self.phases.seconds["evaluation"]}, images, prompts
 
     def _offload(self) -> None:

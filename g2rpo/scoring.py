@@ -1,4 +1,4 @@
-"""Scoring: decoded images past the reward functions, and the fixed evaluation of a policy."""
+"""Scoring: decoded images past the reward functions, and the images of the fixed evaluation."""
 
 from __future__ import annotations
 
@@ -80,40 +80,59 @@ def score_rollout(
 
 
 @torch.no_grad()
-def evaluate_policy(
+def sample_policy(
     model: Model,
     prompts: Sequence[str],  # M, one an image
-    rewards: Sequence[Reward],
     sigmas: Tensor,  # float32 [T + 1]
     batch_size: int,
-) -> tuple[dict[str, float], Tensor]:
-    """Deterministic samples of these prompts from fixed noises, scored by every reward and judge.
-
-    Returns metrics keys (reward/<name>/mean and /std, heldout/... for held-out ones, and, where a
-    prompt has two images, images/diversity/mean) and the images [M, 3 or 1, H, W]. The noises are
-    the same in every run and for every policy.
-    """
+) -> Tensor:  # [M, 3 or 1, H, W]
+    """Deterministic samples of these prompts from fixed noises, the same in every run and for every
+    policy: images of one place in two such lists are a pair."""
     policy = model.policy
     noise = gk.normal(evaluation_seeds(len(prompts)).to(policy.device), model.latent_shape)
     images = []
     for rows in row_slices(len(prompts), batch_size):
         *_, (_, _, _, latents) = run_ode(policy, noise[rows], model.embed(prompts[rows]), sigmas)
         images.append(model.decode(latents))
+    return torch.cat(images)
+
+
+def score_images(
+    images: Tensor,  # [M, 3 or 1, H, W]
+    prompts: Sequence[str],  # M
+    rewards: Sequence[Reward],  # R
+    batch_size: int,
+) -> Tensor:  # float64 [R, M], NaN where a score failed
+    """Every reward and judge on images, batch_size of them at a time."""
+    return torch.stack(
+        [
+            torch.cat(
+                [
+                    score_finite(reward, images[rows], prompts[rows])
+                    for rows in row_slices(len(prompts), batch_size)
+                ]
+            )
+            for reward in rewards
+        ]
+    )
+
+
+def evaluation_row(
+    images: Tensor,  # [M, 3 or 1, H, W]
+    prompts: Sequence[str],  # M
+    rewards: Sequence[Reward],  # R
+    scores: Tensor,  # [R, M]
+) -> dict[str, float]:
+    """Metrics keys: reward/<name>/mean and /std, heldout/... for held-out ones, and, where a prompt
+    has two images, images/diversity/mean."""
     row = {}
-    for reward in rewards:
-        values = torch.cat(
-            [
-                score_finite(reward, batch, prompts[rows])
-                for batch, rows in zip(images, row_slices(len(prompts), batch_size), strict=True)
-            ]
-        )
+    for reward, values in zip(rewards, scores, strict=True):
         kind = "heldout" if reward.heldout else "reward"
         mean, std = mean_and_std(values)
         row[f"{kind}/{reward.name}/mean"], row[f"{kind}/{reward.name}/std"] = mean, std
-    images = torch.cat(images)
     if len(set(prompts)) < len(prompts):
         row["images/diversity/mean"] = diversity(images, prompts)
-    return row, images
+    return row
 
 
 def diversity(images: Tensor, prompts: Sequence[str]) -> float:
