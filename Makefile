@@ -30,7 +30,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo         train the digits model with G2RPO (ARGS='--key value' are passed on)"
-	@echo "make test         run the tests (ARGS='-k name' are passed to pytest, WORKERS=$(WORKERS))"
+	@echo "make test         run the tests (ARGS='-k name' are passed to pytest, WORKERS=$(WORKERS)); those that"
+	@echo "                  look at pages in a browser are skipped without one: apt-get install chromium"
 	@echo "make test-slow    run the tests that take minutes: twenty kills, the FLUX example"
 	@echo "make bench        measure the ops on this machine (ARGS are passed to benchmarks/run.py)"
 	@echo "make bench-flux   measure FLUX's forward, an update, the optimizer's step and the block ops on a"

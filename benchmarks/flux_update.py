@@ -50,6 +50,7 @@ class RandomModel:
         ids = position_ids(*latents, torch.device(device))
         self.policy = FluxPolicy(transformer, ids, config.rollout.guidance)
         self.prompts = [f"prompt {i}" for i in range(config.train.prompts_per_update)]
+        self.evaluation_prompts = self.prompts
         self.decoder = ImageDecoder(vae, height, width, torch.device(device))
 
     def embed(self, prompts: list[str]) -> Conditions:
@@ -112,6 +113,7 @@ def configure(
         overrides = ["--train.prompts_per_update", str(prompts), *overrides]
     config, _ = named_config(parser, [name, *overrides])
     config.model.device = device
+    config.rewards = []  # it has its own, without weights
     if size.name == "toy":
         config.rollout.branch_batch = min(config.rollout.branch_batch, 8)
         config.rollout.height = config.rollout.width = None

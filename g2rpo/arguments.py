@@ -22,7 +22,7 @@ PRESETS = Path(__file__).parent / "presets"
 # What may differ when a run goes on: everything else would make it another run.
 RESUMABLE = (
     "train.updates", "train.save_every", "train.keep_last", "train.evaluate_every",
-    "train.max_skipped", "train.tracker", "model.device", "data.embeddings",
+    "train.max_skipped", "train.hacking_stop", "train.tracker", "model.device", "data.embeddings",
 )  # fmt: skip
 
 
@@ -38,7 +38,8 @@ USAGE = {
     "embed": (
         "g2rpo embed PRESET|FILE.yaml [--group.key value ...] [--everything]",
         "Fill data.embeddings with the embeddings of the prompts that `g2rpo train` of the same "
-        "arguments will use; --everything: of all in data.prompts. What is there stays.",
+        "arguments will use; --everything: of all in data.prompts and data.evaluation_prompts. "
+        "What is there stays.",
     ),
     "plan": (
         "g2rpo plan PRESET|FILE.yaml --gpu NAME|SIZE [--price DOLLARS] [--json] "
@@ -47,6 +48,20 @@ USAGE = {
         "such as 80GB), what to switch on where it does not, and how long it takes; --price, of a "
         "GPU-hour: what it costs. No GPU is needed, and no weights. Exit code 0 if it fits, 1 if "
         "not.",
+    ),
+    "evaluate": (
+        "g2rpo evaluate RUN_DIR [--checkpoint NAME] [--ema] [--samples N] [--output DIR] "
+        "[--overwrite] [--group.key value ...]\n"
+        "       g2rpo evaluate IMAGES_DIR --rewards '[...]' [--base IMAGES_DIR] [--samples N] "
+        "[--output DIR] [--overwrite] [--group.key value ...]",
+        "Score a run's checkpoint (the newest, or --checkpoint step-000020; --ema: its moving "
+        "average) beside the policy that the run began with, on the same prompts and noises; or a "
+        "folder of images, beside those of the same names in --base. --samples: images of each, by "
+        "default as many as an evaluation of the run has, and at least one of each prompt that is "
+        "given; or all of a folder. Prompts of images are those of data.prompts, one an image in "
+        "the order of names; of metadata.jsonl in their folder; or their PNG text chunk 'prompt'. "
+        "--output: by default RUN_DIR/evaluation-step-000020, or evaluation-FOLDER here; "
+        "--overwrite replaces an evaluation there.",
     ),
 }
 
@@ -111,16 +126,33 @@ def resumed_config(parser: ArgumentParser, run_dir: Path, overrides: Sequence[st
             f"--resume is {str(run_dir)!r}; expected the directory of a run "
             "(there is no config.yaml in it)"
         )
-    before = parse_config(parser, ["--config", str(file)])
-    after = parse_config(parser, ["--config", str(file), *overrides])
-    for key, (old, new) in _differences(before, after).items():
-        if key not in RESUMABLE:
-            raise ConfigurationError(
-                f"{key} is {new!r}, but {run_dir} was started with {old!r}; expected only these to "
-                f"change: {', '.join(RESUMABLE)}"
-            )
+    _, after = restricted_config(
+        parser, ["--config", str(file)], overrides, RESUMABLE, f"{run_dir} was started with"
+    )
     after.train.output = str(run_dir)
     return after
+
+
+def restricted_config(
+    parser: ArgumentParser,
+    base: Sequence[str],
+    overrides: Sequence[str],
+    allowed: Sequence[str],
+    told: str,
+) -> tuple[Config, Config]:
+    """The configurations of the arguments `base`, and of overrides of `allowed` keys after them.
+
+    told: 'the run was started with', for errors. Raises ConfigurationError for any other key.
+    """
+    before = parse_config(parser, base)
+    after = parse_config(parser, [*base, *overrides])
+    for key, (old, new) in _differences(before, after).items():
+        if key not in allowed:
+            raise ConfigurationError(
+                f"{key} is {new!r}, but {told} {old!r}; expected only these to change: "
+                f"{', '.join(allowed)}"
+            )
+    return before, after
 
 
 def _differences(a: object, b: object, prefix: str = "") -> dict[str, tuple[object, object]]:

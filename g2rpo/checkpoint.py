@@ -19,12 +19,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from .errors import TrainingError
+from .errors import ConfigurationError, TrainingError
 from .metrics import size
 from .weights import TrainedWeights
 
@@ -79,7 +81,7 @@ def save_checkpoint(
     _sync(folder)
     if keep_last > 0:
         # A later one can only be damaged, passed over by the resume: it must not displace this one.
-        for old in [p for p in list_checkpoints(folder) if _update_of(p) <= update][:-keep_last]:
+        for old in [p for p in list_checkpoints(folder) if update_of(p) <= update][:-keep_last]:
             shutil.rmtree(old)
     return final
 
@@ -118,11 +120,98 @@ def list_checkpoints(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [p for p in folder.iterdir() if re.fullmatch(r"step-\d{6,}", p.name)]
-    return sorted(found, key=_update_of)
+    return sorted(found, key=update_of)
 
 
-def _update_of(path: Path) -> int:
+def update_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
+
+
+def choose_checkpoint(run_dir: Path, name: str | None, argument: str) -> Path:
+    """The checkpoint of a run that --checkpoint names; None: the newest.
+
+    argument: what named run_dir, for errors. Raises ConfigurationError where there is none.
+    """
+    found = list_checkpoints(run_dir / "checkpoints")
+    if not found:
+        raise ConfigurationError(
+            f"{argument} is {str(run_dir)!r}, a run without a checkpoint; expected one that has "
+            "been trained up to its first (train.save_every updates, or Ctrl-C)"
+        )
+    names = [path.name for path in found]
+    if name is None:
+        return found[-1]
+    if name not in names:
+        raise ConfigurationError(f"--checkpoint is {name!r}; expected one of {', '.join(names)}")
+    return found[names.index(name)]
+
+
+def _checked_manifest(path: Path, inside: str = "") -> dict[str, Any]:
+    """The manifest of a checkpoint whose files have the sizes it says. Raises OSError if not.
+
+    inside: only the files in that folder of it.
+    """
+    manifest = json.loads((path / MANIFEST).read_text())
+    for name, expected in manifest["bytes"].items():
+        if name.startswith(inside) and (found := (path / name).stat().st_size) != expected:
+            raise OSError(f"{name} has {found} bytes; expected {expected}")
+    return manifest
+
+
+def check_weights(path: Path, folder: str, average: bool = False) -> None:
+    """Whether one checkpoint's weights, or their moving average, are there and whole, by the sizes
+    of the files. folder: that of `TrainedWeights`.
+
+    Raises ConfigurationError where there is no average, TrainingError where files are damaged.
+    """
+    inside = AVERAGE if average else folder
+    if average and not (path / inside).is_dir():
+        raise ConfigurationError(
+            f"--ema is given, but {path} has no moving average; expected a run that keeps one "
+            "(train.ema), or no --ema"
+        )
+    try:
+        if not (path / inside).is_dir():
+            raise OSError(f"there is no {inside}/")
+        _checked_manifest(path, f"{inside}/")
+    except (OSError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_weights(path: Path, weights: TrainedWeights, average: bool = False) -> dict[str, Tensor]:
+    """The weights of one checkpoint, or their moving average, by parameter, on the CPU.
+
+    weights: whose files are read; they are not changed. Nothing else of the checkpoint is needed.
+    Raises as `check_weights`.
+    """
+    check_weights(path, weights.folder, average)
+    try:
+        return weights.read(path / (AVERAGE if average else weights.folder))
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> TrainingError:
+    return TrainingError(
+        f"{path} cannot be read: {error}; expected a whole checkpoint, perhaps another one "
+        "(--checkpoint)"
+    )
+
+
+def trained_prompts(path: Path) -> list[str] | None:
+    """The prompts that the run of a checkpoint trains on; None: its training state is not there.
+
+    Only they are read, of what may be many gigabytes. Raises TrainingError where it is damaged.
+    """
+    file = path / STATE
+    if not file.is_file():
+        return None
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)["prompts"]
+    except (OSError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
+        raise TrainingError(
+            f"{file} cannot be read: {error}; expected a whole checkpoint, or one without that file"
+        ) from error
 
 
 def load_checkpoint(
@@ -137,11 +226,7 @@ def load_checkpoint(
     skipped = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            for name, size in manifest["bytes"].items():
-                found = (path / name).stat().st_size
-                if found != size:
-                    raise OSError(f"{name} has {found} bytes; expected {size}")
+            manifest = _checked_manifest(path)
             values = weights.read(path / weights.folder)
             average = weights.read(path / AVERAGE) if with_average else None
             state = torch.load(path / STATE, map_location="cpu", weights_only=True)

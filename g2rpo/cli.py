@@ -1,4 +1,4 @@
-"""The command line: `g2rpo train`, `embed`, `plan`, `sample`, `doctor`."""
+"""The command line: `g2rpo train`, `embed`, `plan`, `sample`, `evaluate`, `doctor`."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ commands:
   embed PRESET|FILE.yaml [--group.key value ...]   embed a run's prompts ahead of it
   plan PRESET|FILE.yaml --gpu NAME|SIZE ...        whether a run fits, and how long it takes
   sample RUN_DIR|MODEL --prompt TEXT ...           draw images with a checkpoint, a LoRA or neither
+  evaluate RUN_DIR|IMAGES_DIR ...                  every reward, before and after training
   doctor                                           what this machine has, and what is missing
   doctor --fp8 [PRESET|FILE.yaml ...]              what FP8 completions would change
 
@@ -116,6 +117,12 @@ def sample(arguments: list[str]) -> int:
     return sample.main(arguments)
 
 
+def evaluate(arguments: list[str]) -> int:
+    from .evaluate import command
+
+    return command.main(arguments)
+
+
 def doctor(arguments: list[str]) -> int:
     if "--fp8" in arguments:
         from . import fp8_gate
@@ -127,7 +134,8 @@ def doctor(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "train": train, "embed": embed, "plan": plan, "sample": sample, "doctor": doctor,
+    "train": train, "embed": embed, "plan": plan, "sample": sample,
+    "evaluate": evaluate, "doctor": doctor,
 }  # fmt: skip
 
 

@@ -13,6 +13,8 @@ from typing import Literal
 import g2rpo_kernels as gk
 
 from .errors import ConfigurationError
+from .rewards import short_names
+from .rewards.load import names as scorer_names
 from .schedule import noise_schedule
 
 # The attentions' linears of all of FLUX's blocks, the feed-forwards' of the double ones.
@@ -83,6 +85,9 @@ class DataConfig:
     prompts: str | None = None
     """Prompts: a text file, one a line; .jsonl with an object a line; or .csv with a header. null:
     the prompts the model comes with."""
+    evaluation_prompts: str | None = None
+    """Prompts of the evaluations, in such a file, best of none that is trained on; null: those of
+    data.prompts."""
     column: str = "prompt"
     """Key or column that holds the prompt, in .jsonl and .csv files."""
     embeddings: str | None = None
@@ -168,14 +173,46 @@ def _distinct(name: str, values: list[int] | list[str]) -> None:
 
 @dataclass
 class RewardConfig:
-    """One reward function and its part in the run."""
+    """One reward and its part in the run."""
 
     name: str
-    """Import path of a callable reward(images, prompts) -> [N]: 'package.module:function'."""
+    """What scores: the import path 'package.module:function' of a reward(images, prompts) -> [N],
+    or 'package.module:Class' of one that is made once; or a published scorer: hps-v2.1,
+    clip-score-224, clip-score-378, pickscore, aesthetic, imagereward, judge."""
     weight: float = 1.0
     """Weight of its normalised advantage, >= 0; 0: reported, not trained on."""
     heldout: bool = False
     """Scored at evaluations only, as a judge the training never sees."""
+    path: str | None = None
+    """File or folder of a published scorer; null: its folder in the user's cache. Of a judge its
+    endpoint, as http://host:8000/v1. A class is given it as `path`."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of a published scorer's weights and arithmetic. A class is given it as `dtype`, if it is not
+    float32."""
+    options: dict = field(default_factory=dict)  # of dict[str, Any], text would be read as YAML
+    """Further arguments of a published scorer or a class by name, such as tokenizer, batch_size or
+    a judge's model. No place for secrets: api_key_env names the variable that holds a key."""
+    offload: bool = False
+    """Its weights are on the device while it scores, and in host memory otherwise."""
+    label: str | None = None
+    """What it is called in metrics and reports; null: by its function, class or scorer."""
+
+    def validate(self) -> None:
+        scorers, name = scorer_names(), self.name
+        _expect(
+            "name of a reward", name, ":" in name or name in scorers,
+            f"'package.module:function', 'package.module:Class' or one of {', '.join(scorers)}",
+        )  # fmt: skip
+        weight, label = self.weight, self.label
+        ok = weight >= 0 and _finite(weight)
+        _expect(f"weight of reward {name!r}", weight, ok, ">= 0")
+        ok = label is None or (bool(label) and label == label.strip() and label.isprintable())
+        ok_options = all(isinstance(key, str) for key in self.options)
+        _expect(f"options of reward {name!r}", list(self.options), ok_options, "names as keys")
+        _expect(
+            f"label of reward {name!r}", label, ok and "/" not in (label or ""),
+            "text without '/' and without white space at its ends, or null",
+        )  # fmt: skip
 
 
 @dataclass
@@ -257,12 +294,16 @@ class TrainConfig:
     evaluate_every: int = 10
     """Updates between evaluations; there is always one before the first update and at the end."""
     evaluation_samples: int = 32
-    """Images of an evaluation: the prompts in turn, the same noises every time."""
+    """Images of an evaluation: its prompts in turn from the first, the same noises every time."""
     ema: float | None = None
     """Decay of a moving average of the weights, an update, in [0, 1); evaluations then use it.
     null: none is kept."""
     max_skipped: int = 5
     """Updates in a row with a loss or gradient that is not finite, after which the run ends."""
+    hacking_stop: int = 0
+    """Evaluations in a row that warn of reward hacking (a trained reward above its start, a
+    held-out one below the 95 % interval of its own), after which the run ends with a checkpoint;
+    0: it goes on."""
     deterministic: bool = True
     """Only algorithms that give the same bits every time, so that a resumed run goes on as if it
     had not ended."""
@@ -275,6 +316,7 @@ class TrainConfig:
         for name, low in (
             ("updates", 1), ("prompts_per_update", 1), ("seed", 0), ("save_every", 1),
             ("keep_last", 0), ("evaluate_every", 1), ("evaluation_samples", 1), ("max_skipped", 1),
+            ("hacking_stop", 0),
         ):  # fmt: skip
             value = getattr(self, name)
             _expect(f"train.{name}", value, value >= low, f"at least {low}")
@@ -313,11 +355,24 @@ class Config:
             group.validate()
         for group in (self.optimizer, self.train):
             group.validate()
-        trained = [r.name for r in self.rewards if r.weight > 0 and not r.heldout]
-        names = [r.name for r in self.rewards]
-        ok = bool(trained) or not training
-        _expect("rewards", names, ok, "at least one of weight > 0 that is not held out")
-        _expect("rewards", names, len(set(names)) == len(names), "no reward twice")
+        stop = self.train.hacking_stop
+        ok = any(r.heldout for r in self.rewards) and self.train.evaluation_samples >= 2
+        expected = "0, or a held-out reward and train.evaluation_samples of at least 2 with it"
+        _expect("train.hacking_stop", stop, stop == 0 or ok or not training, expected)
         for reward in self.rewards:
-            ok = reward.weight >= 0 and _finite(reward.weight)
-            _expect(f"weight of reward {reward.name!r}", reward.weight, ok, ">= 0")
+            reward.validate()
+        names = [r.name for r in self.rewards]
+        trained = any(r.weight > 0 and not r.heldout for r in self.rewards)
+        ok = trained or not training
+        _expect("rewards", names, ok, "at least one of weight > 0 that is not held out")
+        short = short_names(names, [r.label for r in self.rewards])
+        _expect(
+            "rewards", short, len(set(short)) == len(short),
+            "no reward twice: a label of its own for each of one name",
+        )  # fmt: skip
+        coloured = [name for name in names if name in scorer_names()]
+        _expect(
+            "rewards", names, not (coloured and training and self.model.path == "digits"),
+            f"others than {', '.join(coloured)}, which scores images of 3 channels: those of "
+            "model.path 'digits' have 1",
+        )  # fmt: skip

@@ -14,8 +14,10 @@ from .errors import ConfigurationError
 from .seeds import permutation
 
 
-def read_prompts(path: str | Path, column: str = "prompt") -> list[str]:
-    """The prompts of a UTF-8 file, in its order.
+def read_prompts(
+    path: str | Path, column: str = "prompt", key: str = "data.prompts"
+) -> list[str]:
+    """The prompts of a UTF-8 file, in its order. key: what named the file, for errors.
 
     .jsonl: an object a line, whose key `column` is the prompt. .csv: a header row, whose `column`
     holds the prompts; a prompt with commas, quotes or newlines stands in double quotes. Any other:
@@ -28,28 +30,44 @@ def read_prompts(path: str | Path, column: str = "prompt") -> list[str]:
     path = Path(path).expanduser()
     if not path.is_file():
         raise ConfigurationError(
-            f"data.prompts is {str(path)!r}; expected a file of prompts: text, .jsonl or .csv"
+            f"{key} is {str(path)!r}; expected a file of prompts: text, .jsonl or .csv"
         )
     try:
         text = path.read_text(encoding="utf-8-sig")  # an editor's byte order mark is no prompt's
     except UnicodeDecodeError as error:
-        raise ConfigurationError(
-            f"data.prompts is {str(path)!r}; expected UTF-8 text: {error}"
-        ) from error
+        raise ConfigurationError(f"{key} is {str(path)!r}; expected UTF-8 text: {error}") from error
     if path.suffix.lower() in (".json", ".tsv", ".parquet", ".xlsx"):
         raise ConfigurationError(
-            f"data.prompts is {str(path)!r}; expected text, .jsonl or .csv: its lines would be "
+            f"{key} is {str(path)!r}; expected text, .jsonl or .csv: its lines would be "
             "taken for prompts"
         )
     reader = {".jsonl": _json_prompts, ".csv": _csv_prompts}.get(path.suffix.lower())
-    found: Iterable[str] = text.splitlines() if reader is None else reader(path, text, column)
-    prompts = list(dict.fromkeys(stripped for prompt in found if (stripped := prompt.strip())))
+    found: Iterable[str] = text.splitlines() if reader is None else reader(text, column)
+    try:
+        prompts = list(dict.fromkeys(stripped for prompt in found if (stripped := prompt.strip())))
+    except _WrongLine as wrong:
+        raise ConfigurationError(f"{key} is {str(path)!r}; {wrong}") from wrong
     if not prompts:
-        raise ConfigurationError(f"data.prompts is {str(path)!r}, which holds no prompt")
+        raise ConfigurationError(f"{key} is {str(path)!r}, which holds no prompt")
     return prompts
 
 
-def _json_prompts(path: Path, text: str, column: str) -> Iterator[str]:
+def read_evaluation_prompts(config: Config, prompts: Sequence[str]) -> list[str]:
+    """Those of data.evaluation_prompts, as `read_prompts`; where it is null, `prompts`."""
+    path = config.data.evaluation_prompts
+    if path is None:
+        return list(prompts)
+    return read_prompts(path, config.data.column, "data.evaluation_prompts")
+
+
+class _WrongLine(ValueError):
+    """What is wrong with a line, which it names by its number."""
+
+    def __init__(self, line: int, fault: str) -> None:
+        super().__init__(f"line {line}: {fault}")
+
+
+def _json_prompts(text: str, column: str) -> Iterator[str]:
     # Not splitlines(): U+2028 and its like may stand inside a JSON string as they are.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -57,22 +75,22 @@ def _json_prompts(path: Path, text: str, column: str) -> Iterator[str]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise _wrong(path, number, f"expected a JSON object: {error}") from error
+            raise _WrongLine(number, f"expected a JSON object: {error}") from error
         if not isinstance(row, dict):
-            raise _wrong(path, number, f"expected a JSON object, found {line[:80]!r}")
+            raise _WrongLine(number, f"expected a JSON object, found {line[:80]!r}")
         if column not in row:
-            raise _wrong(path, number, _no_column("key", column, list(row)))
+            raise _WrongLine(number, _no_column("key", column, list(row)))
         prompt = row[column]
         if not isinstance(prompt, str):
-            raise _wrong(path, number, f"{column!r} is {prompt!r}; expected text")
+            raise _WrongLine(number, f"{column!r} is {prompt!r}; expected text")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:  # half a surrogate pair, as in "\ud83d"
-            raise _wrong(path, number, f"{column!r} is no valid Unicode: {error}") from error
+            raise _WrongLine(number, f"{column!r} is no valid Unicode: {error}") from error
         yield prompt
 
 
-def _csv_prompts(path: Path, text: str, column: str) -> Iterator[str]:
+def _csv_prompts(text: str, column: str) -> Iterator[str]:
     rows = csv.reader(io.StringIO(text), strict=True)  # lines end at "\n" and nowhere else
     columns: list[str] | None = None
     begins = 1
@@ -86,25 +104,21 @@ def _csv_prompts(path: Path, text: str, column: str) -> Iterator[str]:
                 if columns.count(column) != 1:
                     twice = f"column {column!r} (data.column) is there more than once"
                     fault = twice if column in columns else _no_column("column", column, columns)
-                    raise _wrong(path, number, fault)
+                    raise _WrongLine(number, fault)
                 continue
             if len(row) != len(columns):  # an unquoted comma would cut the prompt in two
-                raise _wrong(
-                    path, number, f"{len(row)} fields under a header of {len(columns)}; expected "
-                    "as many, and a prompt with commas in double quotes",
+                raise _WrongLine(
+                    number, f"{len(row)} fields under a header of {len(columns)}; expected as "
+                    "many, and a prompt with commas in double quotes",
                 )  # fmt: skip
             yield row[columns.index(column)]
     except csv.Error as error:
-        raise _wrong(path, begins, f"expected comma-separated values: {error}") from error
+        raise _WrongLine(begins, f"expected comma-separated values: {error}") from error
 
 
 def _no_column(kind: str, column: str, found: Sequence[str]) -> str:
     names = ", ".join(repr(name) for name in found) or "nothing"
     return f"no {kind} {column!r}, only {names}; expected data.column to name the prompt's"
-
-
-def _wrong(path: Path, line: int, fault: str) -> ConfigurationError:
-    return ConfigurationError(f"data.prompts is {str(path)!r}; line {line}: {fault}")
 
 
 class PromptSampler:
@@ -134,16 +148,23 @@ class PromptSampler:
         return self._order[1][index * self.per_update : (index + 1) * self.per_update]
 
 
-def prompts_of_run(config: Config, prompts: Sequence[str]) -> list[str]:
-    """Those of `prompts` that a run of this configuration uses, each once, in order of first use.
+def prompts_of_run(
+    config: Config, prompts: Sequence[str], evaluation_prompts: Sequence[str] | None = None
+) -> list[str]:
+    """What a run of this configuration draws, each prompt once, in order of first use.
 
-    The fixed evaluation comes before the first update, so its prompts come first.
+    The fixed evaluation comes before the first update, so its prompts come first: from `prompts`,
+    or from evaluation_prompts if those are given.
     """
     train = config.train
     sampler = PromptSampler(prompts, train.prompts_per_update, train.seed)
-    used = dict.fromkeys(i % len(prompts) for i in range(train.evaluation_samples))
+    evaluated = prompts if evaluation_prompts is None else evaluation_prompts
+    used = dict.fromkeys(evaluated[: train.evaluation_samples])
+    left = set(prompts).difference(used)
     for update in range(1, train.updates + 1):
-        if len(used) == len(prompts):
+        if not left:
             break
-        used.update(dict.fromkeys(sampler.ids(update)))
-    return list(dict.fromkeys(prompts[i] for i in used))
+        drawn = [prompts[i] for i in sampler.ids(update)]
+        used.update(dict.fromkeys(drawn))
+        left.difference_update(drawn)
+    return list(used)

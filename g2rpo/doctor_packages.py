@@ -51,6 +51,7 @@ PACKAGES = (
     Package("numpy", "training", TRAIN),
     Package("filelock", "training: one process a run", TRAIN),
     Package("platformdirs", "training: the digits model's cache", TRAIN),
+    Package("scipy", "training: intervals of evaluations", TRAIN),
     Package("sklearn", "training digits: scans and judges", TRAIN, "scikit-learn"),
     Package("threadpoolctl", "training digits: the same bits everywhere", TRAIN),
     Package("matplotlib", "training: curves.png", TRAIN),

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
 
-from .metrics import KINDS, Row, changes, number, phase_seconds, write_beside
+from . import hacking
+from .metrics import Row, changes, number, phase_seconds, write_beside
 
-INK, PALE = "#333333", "#dddddd"
+INK, PALE, ALARM = "#333333", "#dddddd", "#CC79A7"
 # Okabe and Ito's colours, which the colour-blind can tell apart: blues for what is trained on, reds
 # for what only judges. The two also differ in dash and marker.
 COLOURS = {
@@ -29,8 +30,9 @@ PHASE_COLOURS = ("#999999", "#56B4E9", "#0072B2", "#009E73", "#E69F00", "#CC79A7
 def write_curves(rows: Sequence[Row], path: str | Path) -> None:
     """Draws a run as a PNG 1800 pixels wide, meant to be shown at 900.
 
-    Above, every evaluated reward against updates, a panel for each unit: held-out ones dashed, the
-    mean over each update's own rollouts as a pale line. Below, whatever the rows say of gradient
+    Above, every evaluated reward against updates, a panel for each unit: held-out ones dashed, 95 %
+    intervals as pale bands, the mean over each update's own rollouts as a pale line; where reward
+    hacking was warned of, the ground is tinted. Below, whatever the rows say of gradient
     norm, diversity, advantages, ratios and seconds. One row, the state before training, is enough.
     Raises ValueError if no row carries an evaluation.
     """
@@ -115,12 +117,19 @@ def _draw_unit(axes: Axes, rows: Sequence[Row], unit: str) -> None:
             linewidth=1.8,
             color=colour,
             zorder=3,
-            label=f"{change.name}, {KINDS[change.kind]}: {values}",
+            label=f"{change.name}, {change.label}: {values}",
         )
+        at = [row["update"] for row in evaluated]
+        low, high = (_series(evaluated, mean[:-4] + end) for end in ("low", "high"))
+        axes.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
         rollouts = _series(rows, f"rollout/{change.name}/mean")
         if change.kind == "reward" and any(map(math.isfinite, rollouts)):
             label = "the same over each update's own rollouts"
             axes.plot(updates, rollouts, color=colour, linewidth=1, alpha=0.35, label=label)
+    for index, (first, last) in enumerate(hacking.spans(rows)):
+        label = "reward hacking?" if index == 0 else None
+        axes.axvline(first, color=ALARM, linewidth=1, zorder=1)
+        axes.axvspan(first, max(last, first + 0.4), color=ALARM, alpha=0.15, lw=0, label=label)
     axes.set_ylabel(unit, fontsize=9, color=INK)
     axes.set_xlabel("update", fontsize=9, color=INK)
     axes.set_xlim(-0.4, max(1, rows[-1]["update"]) + 0.4)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigurationError
-from .scoring import score_rollout
 from .objective import integrate_advantages
+from .scoring import score_rollout
 from .trainer import Trainer
 
 UPDATES = 3  # that `g2rpo doctor --fp8` rolls out
@@ -63,9 +63,10 @@ def measure(trainer: Trainer, updates: int = 1) -> Agreement:
         for name, precision in (("fp8", fp8), ("plain", nullcontext())):
             trainer.engine.precision = precision
             chunks, finished, anchors = trainer.roll_out(number, ids, conditions)
-            rewards, _ = score_rollout(
-                trainer.model, finished, anchors, prompts, trainer.trained, trainer.branch_batch
-            )
+            with trainer.scoring():
+                rewards, _ = score_rollout(
+                    trainer.model, finished, anchors, prompts, trainer.trained, trainer.branch_batch
+                )
             advantages = integrate_advantages(rewards, config.rollout.group_size, weights)
             found[name] = finished, rewards, advantages.values
         trainer.engine.precision = fp8
@@ -139,17 +140,19 @@ def main(arguments: Sequence[str]) -> int:
     from .arguments import make_parser, named_config
     from .doctor import show
     from .models import load_model
-    from .run import make_rewards
+    from .rewards.build import make_rewards
 
     with_fp8 = ["--model.fuse", "true", "--rollout.precision", "fp8"]
     config, _ = named_config(make_parser(), [*(arguments or ["digits"]), *with_fp8])
     config.validate()
+    config.rewards = [reward for reward in config.rewards if not reward.heldout]  # never asked
     if config.objective.stepping != "accumulate":
         raise ConfigurationError(
             f"objective.stepping is {config.objective.stepping!r}; expected 'accumulate', under "
             "which log-probabilities must not move at all"
         )
-    trainer = Trainer(config, load_model(config), make_rewards(config), on_message=print)
+    rewards = make_rewards(config)  # first: what is missing should not cost loading a model
+    trainer = Trainer(config, load_model(config), rewards, on_message=print)
     emulated = trainer.engine.precision.emulate
     agreement = measure(trainer, UPDATES)
     hardware = "emulated, for want of hardware" if emulated else "by the hardware"

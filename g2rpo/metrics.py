@@ -34,8 +34,18 @@ that update alone. A number that is not finite is null. Update 0, the state befo
 
     anchor/<reward>/mean           images of the deterministic anchors, one a prompt
     rollout/<reward>/mean, /std    images of the finished branches, all positions and granularities
+    rollout/<reward>/failed        those of them with a score that is not finite
+    truncated_prompts/<reward>     prompts with more tokens than it reads, since this process began;
+                                   of rewards that count them
     reward/<name>/mean, /std       the fixed evaluation: rewards, where a row carries one
-    heldout/<name>/mean, /std      the same of those that only judge
+    reward/<name>/low, /high       95 % interval of that mean, a bootstrap over the images
+    reward/<name>/failed           scores that are not finite
+    reward/<name>/win_rate         share of images better than the starting policy's of the same
+                                   prompt and noise, equal ones counted a half; not at update 0
+    reward/<name>/weight           at update 0 alone: its weight in the advantages
+    heldout/<name>/...             the same of those that only judge, which have no weight
+    heldout_fallen                 of those, the ones whose mean is below the interval it started
+                                   in, while a trained reward is above its start; see hacking.py
     images/diversity/mean          the same images: a pixel's standard deviation over those of one
                                    prompt, mean over pixels and prompts; no reward sees it
 
@@ -172,6 +182,15 @@ class Change:
     after: float | None
     before_std: float | None
     after_std: float | None
+    before_interval: tuple[float, float] | None = None  # 95 %, where the row has it
+    after_interval: tuple[float, float] | None = None
+    win_rate: float | None = None  # of the last against the first
+    weight: float | None = None  # in the advantages, where the first row has it
+
+    @property
+    def label(self) -> str:
+        """What a person reads of its part in the run."""
+        return "reported" if self.weight == 0 else KINDS[self.kind]
 
     @property
     def difference(self) -> float | None:
@@ -189,20 +208,32 @@ class Change:
 
 def changes(rows: Sequence[Row]) -> list[Change]:
     """Every evaluated reward, then every held-out one, in the order the rows name them."""
-    ends: dict[tuple[str, str], tuple[Row, Row]] = {}
+    rows_of: dict[tuple[str, str], tuple[Row, Row]] = {}  # first and last
     for row in rows:
         for key in row:
             kind, _, rest = key.partition("/")
             if kind in KINDS and rest.endswith("/mean"):
                 reward = (kind, rest.removesuffix("/mean"))
-                ends[reward] = (ends.get(reward, (row, row))[0], row)
+                rows_of[reward] = (rows_of.get(reward, (row, row))[0], row)
     found = []
-    for (kind, name), (first, last) in ends.items():
-        mean, std = f"{kind}/{name}/mean", f"{kind}/{name}/std"
-        values = [first[mean], last[mean], first.get(std), last.get(std)]
-        finite = [None if v is None or not math.isfinite(v) else v for v in values]
-        found.append(Change(kind, name, first["update"], last["update"], *finite))
+    for (kind, name), (first, last) in rows_of.items():
+        key = f"{kind}/{name}"
+        ends = [finite(row, f"{key}/{which}") for which in ("mean", "std") for row in (first, last)]
+        intervals = [_interval(row, key) for row in (first, last)]
+        more = finite(last, f"{key}/win_rate"), finite(first, f"{key}/weight")
+        found.append(Change(kind, name, first["update"], last["update"], *ends, *intervals, *more))
     return sorted(found, key=lambda change: list(KINDS).index(change.kind))
+
+
+def finite(row: Row, key: str) -> float | None:
+    """A row's number; None where it has none, or one that is not finite."""
+    value = row.get(key)
+    return None if value is None or not math.isfinite(value) else value
+
+
+def _interval(row: Row, key: str) -> tuple[float, float] | None:
+    low, high = finite(row, f"{key}/low"), finite(row, f"{key}/high")
+    return None if low is None or high is None else (low, high)
 
 
 def phase_seconds(rows: Sequence[Row]) -> dict[str, list[float]]:
@@ -211,8 +242,9 @@ def phase_seconds(rows: Sequence[Row]) -> dict[str, list[float]]:
     return {key.removeprefix("seconds/"): [row.get(key) or 0.0 for row in rows] for key in keys}
 
 
-def closing_line(rows: Sequence[Row], run_dir: str | Path) -> str:
-    """Two sentences in plain ASCII: what rose and what fell, what it took, where the files are."""
+def closing_line(rows: Sequence[Row], run_dir: str | Path, warning: str = "") -> str:
+    """In plain ASCII: what rose and what fell, a warning if there is one, what it took, where the
+    files are."""
     found = changes(rows)
     last = rows[-1] if rows else {"update": 0}
     if not found:
@@ -229,7 +261,7 @@ def closing_line(rows: Sequence[Row], run_dir: str | Path) -> str:
         if found[0].last_update != last["update"]:
             outcome += f" (last evaluated at update {found[0].last_update})"
     return (
-        f"{outcome}. {count(last['update'], 'update')},"
+        f"{outcome}. {f'{warning}. ' if warning else ''}{count(last['update'], 'update')},"
         f" {count(last.get('evaluations') or 0, 'evaluation')} of the transformer and"
         f" {duration(last.get('seconds') or 0.0)} of training; report.html, curves.png and samples/"
         f" are in {run_dir}"

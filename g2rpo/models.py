@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import digits
 from .config import Config
-from .data import read_prompts
+from .data import read_evaluation_prompts, read_prompts
 from .errors import ConfigurationError
 from .policy import Conditions, FluxPolicy, Model
 
@@ -25,13 +25,15 @@ class DigitsModel:
         self,
         device: torch.device,
         prompts: Sequence[str] = digits.PROMPTS,
+        evaluation_prompts: Sequence[str] = digits.PROMPTS,
         guidance: float = 3.5,
         on_step: Callable[[int, int, float], None] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.prompts = list(prompts)
-        self._conditions = Conditions(*digits.embed_prompts(self.prompts)).to(device)
-        self._index = {prompt: i for i, prompt in enumerate(self.prompts)}
+        self.prompts, self.evaluation_prompts = list(prompts), list(evaluation_prompts)
+        known = list(dict.fromkeys([*prompts, *evaluation_prompts]))
+        self._conditions = Conditions(*digits.embed_prompts(known)).to(device)
+        self._index = {prompt: i for i, prompt in enumerate(known)}
         transformer = digits.pretrained_transformer(on_step=on_step)
         # nn.Module's own: diffusers' warns of modules that FLUX does not have
         transformer = torch.nn.Module.to(transformer, device, dtype).eval()
@@ -103,10 +105,14 @@ def _load_digits(config: Config, on_step: Callable[[int, int, float], None] | No
     prompts = digits.PROMPTS
     if config.data.prompts is not None:
         prompts = read_prompts(config.data.prompts, config.data.column)
-    if unknown := [prompt for prompt in prompts if prompt not in digits.PROMPTS]:
-        raise ConfigurationError(
-            f"data.prompts holds {unknown[0]!r}; the digits model expects {list(digits.PROMPTS)}"
-        )
+    evaluation_prompts = read_evaluation_prompts(config, prompts)
+    for key, found in (("prompts", prompts), ("evaluation_prompts", evaluation_prompts)):
+        if unknown := [prompt for prompt in found if prompt not in digits.PROMPTS]:
+            raise ConfigurationError(
+                f"data.{key} holds {unknown[0]!r}; the digits model expects {list(digits.PROMPTS)}"
+            )
     device = choose_device(config.model.device)
     dtype = getattr(torch, config.model.dtype or "float32")
-    return DigitsModel(device, prompts, config.rollout.guidance, on_step, dtype)
+    return DigitsModel(
+        device, prompts, evaluation_prompts, config.rollout.guidance, on_step, dtype
+    )

@@ -112,13 +112,14 @@ class FluxPolicy:
 class Model(Protocol):
     """What a folder of weights gives the trainer: a policy, and the way to it and from it.
 
-    To train another flow model, give the trainer an object with these five. One that also has
+    To train another flow model, give the trainer an object with these six. One that also has
     `state_dict()` and `load_state_dict(state)` finds its own state in every checkpoint.
     """
 
     policy: FluxPolicy
     latent_shape: tuple[int, ...]  # (L, C) of one sample
-    prompts: Sequence[str]  # the prompts it comes with
+    prompts: Sequence[str]  # those it is trained on
+    evaluation_prompts: Sequence[str]  # those of the evaluations; may be the same
 
     def embed(self, prompts: Sequence[str]) -> Conditions:
         """Embeddings of the prompts, on the policy's device."""

@@ -15,16 +15,14 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-import jinja2
 import torch
 import yaml
 from PIL import Image
 
-from . import __version__
+from . import __version__, hacking
 from .figures import write_curves
 from .grids import sample_path, write_before_after
 from .metrics import (
-    KINDS,
     Change,
     MetricsLog,
     Row,
@@ -32,8 +30,8 @@ from .metrics import (
     duration,
     number,
     phase_seconds,
-    write_beside,
 )
+from .pages import write_html
 
 JPEG_FROM_BYTES = 2**20  # pictures in the page beyond this many bytes
 
@@ -56,17 +54,15 @@ def write_report(run_dir: str | Path) -> Path:
     if len(updates) > 1:
         grids = [samples / "before_after.png"]
         write_before_after(samples, grids[0], updates[0], updates[-1])
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    images = train.get("evaluation_samples")
-    page = environment.get_template("report.html.j2").render(
+    images, found = train.get("evaluation_samples"), changes(rows)
+    return write_html(
+        run_dir / "report.html",
+        "report.html.j2",
         name=run_dir.resolve().name,
-        rewards=[_headline(change, images) for change in changes(rows)],
+        rewards=[_headline(change, images) for change in found],
+        intervals=any(change.before_interval for change in found),
+        alarm=hacking.watch(rows),
+        spans=hacking.spans(rows),
         images=images,
         curves=_data_uri(curves),
         samples=[_data_uri(grid) for grid in grids],
@@ -75,8 +71,6 @@ def write_report(run_dir: str | Path) -> Path:
         phases=_phase_totals(rows),
         config=config_text,
     )
-    write_beside(run_dir / "report.html", page.encode())
-    return run_dir / "report.html"
 
 
 def _sampled_updates(samples_dir: Path) -> list[int]:
@@ -85,7 +79,8 @@ def _sampled_updates(samples_dir: Path) -> list[int]:
 
 
 def _headline(change: Change, images: int | None) -> dict[str, str]:
-    """A line of the table before -> after, as text, with standard errors if images are known."""
+    """A line of the table before -> after, as text, with intervals where the rows have them, or
+    else with standard errors if images are known."""
 
     def error(*stds: float | None) -> float | None:
         return None if images is None or None in stds else math.hypot(*stds) / math.sqrt(images)
@@ -96,17 +91,32 @@ def _headline(change: Change, images: int | None) -> dict[str, str]:
         return f"{number(value, sign)} ± {number(error) if error < 5e-4 else format(error, '.3f')}"
 
     once = change.first_update == change.last_update
+    line = {"kind": change.label, "name": change.name, "direction": change.direction}
+    if change.before_interval is not None:
+        low, high = change.before_interval
+        outside = change.after is not None and not low <= change.after <= high
+        return line | {
+            "before": _with_interval(change.before, change.before_interval),
+            "after": "-" if once else _with_interval(change.after, change.after_interval),
+            "change": "-" if once else number(change.difference, sign=True),
+            "win_rate": "-" if change.win_rate is None else f"{change.win_rate:.1%}",
+            "emphasis": change.direction if outside else "",
+        }
     both = error(change.before_std, change.after_std)
     clear = change.difference is not None and abs(change.difference) > 2 * (both or 0.0)
-    return {
-        "kind": KINDS[change.kind],
-        "name": change.name,
+    return line | {
         "before": text(change.before, error(change.before_std)),
         "after": "-" if once else text(change.after, error(change.after_std)),
         "change": "-" if once else text(change.difference, both, sign=True),
-        "direction": change.direction,
+        "win_rate": "-",
         "emphasis": change.direction if clear else "",
     }
+
+
+def _with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
+    if value is None or interval is None:
+        return number(value)
+    return f"{number(value)} [{number(interval[0])}, {number(interval[1])}]"
 
 
 def _facts(rows: Sequence[Row], planned: int | None) -> list[tuple[str, str]]:
@@ -124,10 +134,34 @@ def _facts(rows: Sequence[Row], planned: int | None) -> list[tuple[str, str]]:
         ("Evaluations a second", f"{evaluations / seconds:,.0f}" if seconds else "-"),
         ("Updates skipped", f"{last.get('skipped_updates') or 0:,}"),
         ("Groups without spread", f"{sum(row.get('zero_spread_groups') or 0 for row in rows):,}"),
+        *_scorer_facts(rows),
         ("Groups with a failed reward", f"{sum(row.get('failed_groups') or 0 for row in rows):,}"),
         ("Peak memory", f"{peak / 2**30:.2f} GiB" if peak else "-"),
         ("Versions where this page was made", ", ".join(versions)),
     ]
+
+
+def _scorer_facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Scores that failed and prompts that scorers have cut, where rows tell."""
+    facts = []
+    keys = {key: None for row in rows for key in row}
+    if failed := [key for key in keys if key.endswith("/failed")]:
+        sums = {key.removesuffix("/failed"): sum(r.get(key) or 0 for r in rows) for key in failed}
+        facts.append(("Scores that failed", _counts(sums)))
+    cut = {}
+    for key in (key for key in keys if key.startswith("truncated_prompts/")):
+        # Every process of a run counts from 0: the sum of what each of them came to.
+        counts = [row[key] for row in rows if row.get(key) is not None]
+        ends = [before for before, after in zip(counts, counts[1:]) if after < before]
+        cut[key.partition("/")[2]] = sum(ends) + counts[-1]
+    if cut:
+        facts.append(("Prompts that a scorer had to cut", _counts(cut)))
+    return facts
+
+
+def _counts(by_name: dict[str, int]) -> str:
+    """'3 of rollout/hps, 1 of heldout/judge', or 0."""
+    return ", ".join(f"{count:,} of {name}" for name, count in by_name.items() if count) or "0"
 
 
 def _phase_totals(rows: Sequence[Row]) -> list[tuple[str, str, float]]:

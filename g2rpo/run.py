@@ -4,6 +4,7 @@
         config.yaml      the resolved configuration
         metrics.jsonl    a row an update
         samples/         grids of the same noises at every evaluation
+        scores/          what every image of it scored
         checkpoints/     step-000010/ ...
         curves.png, report.html
 
@@ -13,6 +14,7 @@ nothing had happened: weights, optimizer and draws are bit for bit those of an u
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import threading
@@ -26,25 +28,25 @@ from typing import Any
 import torch
 import yaml
 
+from . import hacking
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import Config
 from .errors import ConfigurationError, TrainingError
-from .grids import sample_path, write_grid
+from .evaluations import Evaluations
 from .lock import alone
 from .metrics import MetricsLog, closing_line, write_beside
 from .models import be_deterministic, choose_device, load_model
 from .optimizers import rounds_to_nearest
 from .report import write_report
-from .rewards import Reward, import_reward, reward_name
+from .rewards.build import make_rewards
 from .trackers import make_tracker
 from .tracking import Display
 from .trainer import Interrupted, Trainer
 
 CONTENTS = (
-    "config.yaml", "metrics.jsonl", "curves.png", "report.html", "samples", "checkpoints",
-    "tensorboard", "wandb", "tracker.json",
+    "config.yaml", "metrics.jsonl", "curves.png", "report.html", "samples", "scores",
+    "checkpoints", "tensorboard", "wandb", "tracker.json",
 )  # fmt: skip
-GRID_IMAGES = 80  # of an evaluation's images, the most that a grid shows
 
 
 class StopRequest:
@@ -122,29 +124,31 @@ def _alone(run_dir: Path) -> AbstractContextManager[None]:
     return alone(run_dir, f"another process is training in {run_dir}; expected it to end first")
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that jsonargparse would read back as a number and PyYAML would not: '1e3'."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)  # fmt: skip
+
+
 def write_config(config: Config, run_dir: Path) -> None:
-    text = yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    text = yaml.dump(asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     write_beside(run_dir / "config.yaml", text.encode())
-
-
-def make_rewards(config: Config) -> list[Reward]:
-    names = [reward.name for reward in config.rewards]
-    return [
-        Reward(reward_name(r.name, names), import_reward(r.name), r.weight, r.heldout)
-        for r in config.rewards
-    ]
 
 
 class _Run:
     """One process's share of a run: the trainer, its directory, and the person watching."""
 
     def __init__(self, config: Config, run_dir: Path) -> None:
-        rewards = make_rewards(config)  # first: a mistyped name should not cost loading the model
         self.run_dir, self.log = run_dir, MetricsLog(run_dir / "metrics.jsonl")
         self.stop = StopRequest()
         if config.train.deterministic:
             be_deterministic(choose_device(config.model.device))
         self.display: Display | None = None
+        rewards = make_rewards(config, self._say)  # first: a typing error should not cost a model
         model = load_model(config, on_step=_announce_pretraining, on_message=self._say)
         self.trainer = Trainer(config, model, rewards, should_stop=lambda: bool(self.stop))
         self.display = Display(config.train.updates, self.trainer.evaluations_per_update)
@@ -163,6 +167,7 @@ class _Run:
                 "Expect little to move; optimizer.name adamw8bit, model.dtype float32 or "
                 "model.lora.rank > 0 trains as it should"
             )
+        self.evaluations = Evaluations(run_dir, self.trainer, self._say)
         self.saved = 0  # update of the newest checkpoint that can be trusted
         self.finished = True  # its update's row stands in the log, evaluated if that was due
 
@@ -224,16 +229,20 @@ class _Run:
         row = next((r for r in self.log.rows() if r["update"] == checkpoint.update), {})
         self.finished = "seconds/evaluation" in row or (bool(row) and not self._evaluation_is_due())
         self.log.truncate(checkpoint.update if self.finished else checkpoint.update - 1)
-        self.display.resume(self.log.rows())
+        rows = self.log.rows()
+        self.evaluations.resume(rows)
+        self.display.resume(rows)
+        self.display.warn(self._warning())
         self.display.message(f"Resuming after update {checkpoint.update}")
 
     def _loop(self) -> None:
         trainer, train = self.trainer, self.trainer.config.train
         if trainer.updates == 0:
-            self._record({"update": 0, "seconds": 0.0, "evaluations": 0, **self._evaluate()})
+            row = {"update": 0, "seconds": 0.0, "evaluations": 0}
+            self._record(row | self.evaluations.evaluate(self.tracker))
         elif not self.finished:
             self._finish(trainer.row)
-        while trainer.updates < train.updates and not self.stop:
+        while trainer.updates < train.updates and not self.stop and not self.evaluations.ended:
             self._finish(trainer.update())
             if trainer.updates % train.save_every == 0:
                 self._save()
@@ -246,32 +255,22 @@ class _Run:
                 )
 
     def _finish(self, row: dict[str, Any]) -> None:
-        self._record(row | self._evaluate() if self._evaluation_is_due() else row)
+        due = self._evaluation_is_due()
+        self._record(row | self.evaluations.evaluate(self.tracker) if due else row)
 
     def _record(self, row: dict[str, Any]) -> None:
         self.log.append(row)
+        self.display.warn(self._warning())
         self.display.row(row)
         self.tracker.log(row)
+
+    def _warning(self) -> str:
+        alarm = self.evaluations.alarm
+        return "" if alarm is None else alarm.short
 
     def _evaluation_is_due(self) -> bool:
         number, train = self.trainer.updates, self.trainer.config.train
         return number % train.evaluate_every == 0 or number == train.updates
-
-    def _evaluate(self) -> dict[str, Any]:
-        row, images, prompts = self.trainer.evaluate()
-        samples, shown = self.run_dir / "samples", slice(0, GRID_IMAGES)
-        samples.mkdir(exist_ok=True)
-        broken = int((~images.isfinite()).flatten(1).any(1).sum())
-        if broken:  # no reason to end a run; the scores of such images are NaN and counted as such
-            self.display.message(
-                f"Update {self.trainer.updates}: {broken} of {len(images)} evaluation images hold "
-                "NaN or infinite pixels; no grid of samples is drawn"
-            )
-        else:
-            grid = sample_path(samples, self.trainer.updates)
-            write_grid(images[shown], prompts[shown], grid)
-            self.tracker.image(grid, self.trainer.updates)
-        return row
 
     def _save(self) -> None:
         """A checkpoint of the last complete update, unless there is one or weights are past it."""
@@ -292,7 +291,10 @@ class _Run:
     def _conclude(self) -> None:
         if self.log.path.exists():
             write_report(self.run_dir)
-            print(closing_line(self.log.rows(), self.run_dir))
+            rows = self.log.rows()
+            print(closing_line(rows, self.run_dir, hacking.sentence(rows)))
+        if self.evaluations.ended and self.trainer.updates < self.trainer.config.train.updates:
+            print(self.evaluations.ended)
         if self.stop:
             print(
                 f"Stopped after update {self.trainer.updates}. "

@@ -15,6 +15,8 @@ from .rewards import Reward, score
 from .rollout import run_ode
 from .seeds import evaluation_seeds
 
+RESAMPLES = 2000  # of an evaluation's intervals: 10 ms a reward of 500 images
+
 
 def row_slices(rows: int, size: int) -> list[slice]:
     """[0, rows) in slices of at most `size`."""
@@ -64,7 +66,8 @@ def score_rollout(
     rewards: Sequence[Reward],  # R
     batch_size: int,
 ) -> tuple[Tensor, dict[str, float]]:  # [R, J, B * G, K], metrics keys
-    """Rewards of all finished branches, and of the anchors' own images beside them."""
+    """Rewards of all finished branches, and of the anchors' own images beside them. Of the former
+    also how many have none, and what a reward that cannot read all of a prompt has counted."""
     row: dict[str, float] = {}
     scores = score_latents(model, anchors, prompts, rewards, batch_size)
     for reward, values in zip(rewards, scores, strict=True):
@@ -76,6 +79,9 @@ def score_rollout(
     for reward, values in zip(rewards, scores, strict=True):
         mean, std = mean_and_std(values)
         row[f"rollout/{reward.name}/mean"], row[f"rollout/{reward.name}/std"] = mean, std
+        row[f"rollout/{reward.name}/failed"] = int((~values.isfinite()).sum())
+        if hasattr(reward.function, "truncated_prompts"):
+            row[f"truncated_prompts/{reward.name}"] = int(reward.function.truncated_prompts)
     return scores.view(-1, *shape), row
 
 
@@ -85,11 +91,14 @@ def sample_policy(
     prompts: Sequence[str],  # M, one an image
     sigmas: Tensor,  # float32 [T + 1]
     batch_size: int,
+    first: int = 0,
 ) -> Tensor:  # [M, 3 or 1, H, W]
     """Deterministic samples of these prompts from fixed noises, the same in every run and for every
-    policy: images of one place in two such lists are a pair."""
+    policy: images of one place in two such lists are a pair. first: place of the first of them, for
+    a list that is drawn in parts."""
     policy = model.policy
-    noise = gk.normal(evaluation_seeds(len(prompts)).to(policy.device), model.latent_shape)
+    seeds = evaluation_seeds(first + len(prompts))[first:]
+    noise = gk.normal(seeds.to(policy.device), model.latent_shape)
     images = []
     for rows in row_slices(len(prompts), batch_size):
         *_, (_, _, _, latents) = run_ode(policy, noise[rows], model.embed(prompts[rows]), sigmas)
@@ -122,17 +131,34 @@ def evaluation_row(
     prompts: Sequence[str],  # M
     rewards: Sequence[Reward],  # R
     scores: Tensor,  # [R, M]
+    start: Tensor | None = None,  # [R, M], the starting policy's of the same prompts and noises
 ) -> dict[str, float]:
-    """Metrics keys: reward/<name>/mean and /std, heldout/... for held-out ones, and, where a prompt
-    has two images, images/diversity/mean."""
-    row = {}
-    for reward, values in zip(rewards, scores, strict=True):
+    """Metrics keys: reward/<name>/mean, /std, /low, /high, /failed and, with `start`, /win_rate;
+    heldout/... for held-out ones; and, where a prompt has two images, images/diversity/mean."""
+    from .evaluate.statistics import estimate  # scipy takes half a second to import
+
+    row: dict[str, float] = {}
+    for i, reward in enumerate(rewards):
         kind = "heldout" if reward.heldout else "reward"
-        mean, std = mean_and_std(values)
-        row[f"{kind}/{reward.name}/mean"], row[f"{kind}/{reward.name}/std"] = mean, std
+        key, values = f"{kind}/{reward.name}", scores[i]
+        row[f"{key}/mean"], row[f"{key}/std"] = mean_and_std(values)
+        interval = estimate(values, RESAMPLES)
+        row[f"{key}/low"], row[f"{key}/high"] = interval.low, interval.high
+        row[f"{key}/failed"] = int((~values.isfinite()).sum())
+        if start is not None:
+            row[f"{key}/win_rate"] = win_rate(values, start[i])
+        if hasattr(reward.function, "truncated_prompts"):
+            row[f"truncated_prompts/{reward.name}"] = int(reward.function.truncated_prompts)
     if len(set(prompts)) < len(prompts):
         row["images/diversity/mean"] = diversity(images, prompts)
     return row
+
+
+def win_rate(values: Tensor, start: Tensor) -> float:  # [M], [M]
+    """Share of pairs whose `values` are higher, equal ones counted a half. NaN: no finite pair."""
+    difference = values - start.to(values.device)
+    difference = difference[difference.isfinite()]
+    return float((difference > 0).double().mean() + 0.5 * (difference == 0).double().mean())
 
 
 def diversity(images: Tensor, prompts: Sequence[str]) -> float:

@@ -57,6 +57,7 @@ class Display:
         self._began = self._phase_since = self._last_line = time.monotonic()
         self._evaluating = 0.0  # seconds spent in finished phases "evaluation"
         self._grad_norm: float | None = None
+        self._warning = ""
         self._evaluated: list[Row] = []  # the first and the latest row with an evaluation
         self._rewards: list[Change] = []  # the first reward and the first held-out one between them
         self._marks: deque[tuple[float, float, int, int]] = deque(maxlen=10)  # one an update
@@ -130,7 +131,11 @@ class Display:
             shown = [f"{change.name} {_latest(change)}" for change in self._rewards]
             if self._grad_norm is not None:
                 shown.append(f"grad norm {number(self._grad_norm)}")
-            self._print(*shown)
+            self._print(*shown, self._warning)
+
+    def warn(self, text: str) -> None:
+        """Shows text with every row, or in the panel, until another or "" replaces it."""
+        self._warning = text
 
     def message(self, text: str) -> None:
         """Prints text, above the panel if there is one, unwrapped: a path in it can be copied.
@@ -237,6 +242,8 @@ class Display:
         for change, value in zip(self._rewards, values):
             rewards.add_row(KINDS[change.kind], change.name, value)
         waiting = [Text(text, overflow="fold") for text in self._messages.copy()]
+        if self._warning:
+            waiting.append(Text(self._warning, style="bold red", overflow="fold"))
         for renderable in (*waiting, bar, status, rewards):
             yield from console.render(renderable, options)
 

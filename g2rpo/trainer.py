@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,13 +31,6 @@ from .config import Config
 from .data import PromptSampler
 from .engine import CompletionEngine
 from .errors import ConfigurationError
-from .scoring import (
-    evaluation_row,
-    row_slices,
-    sample_policy,
-    score_images,
-    score_rollout,
-)
 from .improve import Improver
 from .memory import peak_memory_bytes, refuse, within_memory
 from .objective import Advantages, integrate_advantages, summarise_losses
@@ -45,6 +39,13 @@ from .policy import Conditions, Model
 from .rewards import Reward
 from .rollout import Branches, branch_out, broken_prompts
 from .schedule import evaluations_per_prompt, noise_schedule
+from .scoring import (
+    evaluation_row,
+    row_slices,
+    sample_policy,
+    score_images,
+    score_rollout,
+)
 from .seeds import anchor_seeds, branch_seeds
 from .weights import MovingAverage, assign, make_weights
 
@@ -92,6 +93,8 @@ class Trainer:
             rollout.eta, rollout.dynamics, sigma_max=float(self.schedule[1]),
         ).to(device)  # fmt: skip
         self.sampler = PromptSampler(model.prompts, train.prompts_per_update, train.seed)
+        asked = model.evaluation_prompts
+        self.evaluation_prompts = [asked[i % len(asked)] for i in range(train.evaluation_samples)]
         # Rows of a completions' forward, and of the anchor's and so of the update's: both shrink
         # when memory runs out.
         self.branch_batch = rollout.branch_batch
@@ -128,6 +131,8 @@ class Trainer:
         self.row: dict[str, Any] = {}  # metrics of the newest update
         self._counting = False
         self.phases = Phases(device, lambda name: self.on_phase(name))
+        for reward in self.rewards:
+            reward.rest()
 
     @property
     def midway(self) -> bool:
@@ -145,19 +150,21 @@ class Trainer:
         """
         return within_memory(self._update, self._make_room)
 
-    def evaluate(self) -> tuple[dict[str, Any], Tensor, list[str]]:
-        """The fixed evaluation: metrics keys, images [M, C, H, W] and their prompts.
+    def evaluate(self, start: Tensor | None = None) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """The fixed evaluation, an image of each of the M `evaluation_prompts`: metrics keys,
+        images [M, C, H, W] and scores, float64 [R, M].
 
-        Of the weights' moving average, if one is kept. Evaluations made here are not training and
-        are not counted.
+        start: scores of the starting policy, for win rates. Of the weights' moving average, if one
+        is kept. Evaluations made here are not training and are not counted.
         """
-        return within_memory(self._evaluate, self._make_room)
+        return within_memory(partial(self._evaluate, start), self._make_room)
 
     def state_dict(self) -> dict[str, Any]:
         """All that an undisturbed run would go on with, the weights and their average apart."""
         state = {
             "optimizer": self.improver.optimizer.state_dict(),
             "prompts": self.sampler.prompts,
+            "evaluation_prompts": self.evaluation_prompts,
             **{name: getattr(self, name) for name in STATE},
         }
         if hasattr(self.model, "state_dict"):
@@ -179,6 +186,13 @@ class Trainer:
                 f"data.prompts is {self.config.data.prompts!r}, which holds "
                 f"{len(self.sampler.prompts)} prompts; expected the {len(state['prompts'])} that "
                 "the run was started with, in their order"
+            )
+        evaluated = state.get("evaluation_prompts", self.evaluation_prompts)  # older ones lack it
+        if evaluated != self.evaluation_prompts:
+            raise ConfigurationError(
+                f"data.evaluation_prompts is {self.config.data.evaluation_prompts!r}, whose "
+                "prompts are others than those that the run was started with; expected the same, "
+                "in their order"
             )
         assign(self.weights.parameters, weights)
         if self.average is not None:
@@ -265,7 +279,7 @@ class Trainer:
         anchors: Tensor,  # [B, *S]
     ) -> tuple[Advantages, dict[str, float]]:
         """Decode, score, form advantages. Returns them and metrics keys."""
-        with self.phases("rewards"), torch.no_grad():
+        with self.phases("rewards"), torch.no_grad(), self.scoring():
             rewards, row = score_rollout(
                 self.model, finished, anchors, prompts, self.trained, self.branch_batch
             )
@@ -313,17 +327,26 @@ class Trainer:
         self.skipped_in_a_row += 1
         self.on_message(f"Update {number} is skipped: {_not_finite(prompts, what)}")
 
-    def _evaluate(self) -> tuple[dict[str, Any], Tensor, list[str]]:
+    def _evaluate(self, start: Tensor | None) -> tuple[dict[str, Any], Tensor, Tensor]:
         self.phases.seconds = {}
         self._offload()
-        samples, every = self.config.train.evaluation_samples, self.sampler.prompts
-        prompts = [every[i % len(every)] for i in range(samples)]
+        prompts = self.evaluation_prompts
         average = self.average.applied() if self.average is not None else nullcontext()
-        with self.phases("evaluation"), average:
+        with self.phases("evaluation"), average, self.scoring():
             images = sample_policy(self.model, prompts, self.sigmas, self.branch_batch)
             scores = score_images(images, prompts, self.rewards, self.branch_batch)
-            row = evaluation_row(images, prompts, self.rewards, scores)
-        return {**row, "seconds/evaluation": self.phases.seconds["evaluation"]}, images, prompts
+            row = evaluation_row(images, prompts, self.rewards, scores, start)
+        return {**row, "seconds/evaluation": self.phases.seconds["evaluation"]}, images, scores
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """What scores in here leaves no weights of a reward on the device that are to be in host
+        memory in between, not even where it fails."""
+        try:
+            yield
+        finally:
+            for reward in self.rewards:
+                reward.rest()
 
     def _offload(self) -> None:
         """Make room for a rollout; the optimizer's step brings back what it needs."""

@@ -76,8 +76,10 @@ def test_rewards_never_see_images_that_are_not_finite():
     trainer = trainer_of(Poisoned(), messages, prompts_per_update=6, reward=picky, branch_batch=7)
     row = trainer.update()
     assert 0 < row["failed_groups"] < row["reward_groups"] and len(messages) == 1
-    row, images, prompts = trainer.evaluate()
-    assert images[prompts.index("north")].isnan().all()
+    row, images, scores = trainer.evaluate()
+    assert images[trainer.evaluation_prompts.index("north")].isnan().all()
+    failed = int(scores.isnan().sum())
+    assert row["reward/brightness/failed"] == failed == 1
     assert row["reward/brightness/mean"] > 0
 
 

@@ -6,7 +6,12 @@ import re
 import pytest
 
 from g2rpo.config import Config
-from g2rpo.data import PromptSampler, prompts_of_run, read_prompts
+from g2rpo.data import (
+    PromptSampler,
+    prompts_of_run,
+    read_evaluation_prompts,
+    read_prompts,
+)
 from g2rpo.errors import ConfigurationError
 from g2rpo.seeds import permutation
 
@@ -124,6 +129,39 @@ def test_prompts_of_a_run(updates, per_update, samples):
     for update in range(1, updates + 1):
         used += [prompts[i] for i in sampler.ids(update)]
     assert prompts_of_run(run, prompts) == list(dict.fromkeys(used))
+
+
+def test_prompts_of_a_run_with_prompts_of_evaluations():
+    prompts = [f"prompt {i}" for i in range(20)]
+    held = ["held 0", "prompt 3", "held 1", "held 2"]
+    sampler = PromptSampler(prompts, 2, 3)
+    trained = [prompts[i] for update in (1, 2, 3) for i in sampler.ids(update)]
+    for samples in (3, 9):  # of the file, those that are drawn
+        used = prompts_of_run(config(3, 2, samples, seed=3), prompts, held)
+        assert used == list(dict.fromkeys([*held[:samples], *trained]))
+    assert set(prompts_of_run(config(50, 2, 1, seed=3), prompts, held)) == {"held 0", *prompts}
+
+
+def test_a_file_of_evaluation_prompts(tmp_path):
+    """Read like that of the prompts, from the same column; errors name its own key."""
+    run = Config()
+    assert read_evaluation_prompts(run, ["a", "b"]) == ["a", "b"]
+    path = tmp_path / "held.jsonl"
+    path.write_text('{"caption": " c "}\n{"caption": "d"}\n{"caption": "c"}\n')
+    run.data.evaluation_prompts, run.data.column = str(path), "caption"
+    assert read_evaluation_prompts(run, ["a", "b"]) == ["c", "d"]
+    for suffix, text, fault in (
+        (".jsonl", '{"prompt": "c"}', "; line 1: no key 'caption', only 'prompt'"),
+        (".csv", "prompt\nc\n", "; line 1: no column 'caption', only 'prompt'"),
+        (".txt", "\n", ", which holds no prompt"),
+        (".tsv", "c\td", "; expected text, .jsonl or .csv"),
+    ):
+        path = tmp_path / f"held{suffix}"
+        path.write_text(text)
+        run.data.evaluation_prompts = str(path)
+        message = re.escape(f"data.evaluation_prompts is {str(path)!r}{fault}")
+        with pytest.raises(ConfigurationError, match=message):
+            read_evaluation_prompts(run, ["a", "b"])
 
 
 def test_prompts_of_a_long_run_cost_a_permutation_an_epoch(monkeypatch):

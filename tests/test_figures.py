@@ -171,6 +171,20 @@ def test_curves_work_from_the_first_row_on_and_with_gaps(tmp_path) -> None:
     assert has(pixels(tmp_path / "gaps.png"), VERMILION)
 
 
+def test_curves_tint_where_reward_hacking_was_warned_of(tmp_path) -> None:
+    tint = (0xF7, 0xEA, 0xF1)  # the alarm's colour on white
+    rows = run_rows()
+    for row in rows:
+        for key in [key for key in row if key.endswith("/mean") and not key.startswith("rollout")]:
+            row |= {key[:-4] + "low": row[key] - 0.02, key[:-4] + "high": row[key] + 0.02}
+    for name, weight in (("hacked", 1.0), ("reported", 0.0)):
+        rows[0]["reward/classifier_log_prob/weight"] = weight
+        write_curves(rows, tmp_path / f"{name}.png")
+    found = {name: pixels(tmp_path / f"{name}.png") for name in ("hacked", "reported")}
+    near = {k: (abs(v.astype(int) - tint) <= 2).all(axis=-1).sum() for k, v in found.items()}
+    assert near["hacked"] > 1000 and near["reported"] < near["hacked"] / 20
+
+
 def test_curves_need_an_evaluation(tmp_path) -> None:
     for nothing in ([], [{"update": 1, "grad_norm": 1.0}]):
         with pytest.raises(ValueError, match="rows: expected at least one with a key 'reward/"):

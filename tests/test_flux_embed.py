@@ -12,11 +12,12 @@ import torch
 from rich.console import Console
 
 from g2rpo.config import Config
-from g2rpo.data import prompts_of_run
+from g2rpo.data import prompts_of_run, read_evaluation_prompts
 from g2rpo.errors import ConfigurationError
 from g2rpo.flux import embed as module
 from g2rpo.flux.embed import embed
 from g2rpo.flux.miniature import write_miniature
+from g2rpo.flux.model import load_flux
 from g2rpo.flux.store import EmbeddingStore
 from g2rpo.flux.text import TextEncoders
 
@@ -91,6 +92,34 @@ def test_prompts_of_a_run_then_everything(config, capsys, monkeypatch):
     assert [prompt for shard in store.shards for prompt in shard.prompts][:n] == used
     assert len(store) == 30 == sum(len(shard.prompts) for shard in store.shards)
     assert as_training_would(config, store, PROMPTS)
+
+
+def test_prompts_of_the_evaluations(config, capsys, tmp_path):
+    """Are embedded with those that are trained on, and asked for by the run."""
+    held = tmp_path / "held.txt"
+    held.write_text(f"unseen one\n{PROMPTS[3]}\nunseen two\n")
+    before = prompts_of_run(config, PROMPTS)
+    assert embed(config) == 0
+    config.data.evaluation_prompts = str(held)
+    used = prompts_of_run(config, PROMPTS, read_evaluation_prompts(config, PROMPTS))
+    assert used[:2] == ["unseen one", PROMPTS[3]] and "unseen two" not in used
+    config.rollout.height = config.rollout.width = 32
+    with pytest.raises(ConfigurationError, match="lacks .* this run will use, the first 'unseen o"):
+        load_flux(config, on_message=lambda text: None)
+    capsys.readouterr()
+    assert embed(config) == 0
+    new = len(set(used) - set(before))
+    assert f"{len(used)} of 32 prompts will be used by 10 updates and the evaluations; " in (
+        out := capsys.readouterr().out
+    )
+    assert f"; {new} x 1.6 kB" in out and stored(config).missing(used) == []
+    model = load_flux(config, on_message=lambda text: None)
+    assert model.evaluation_prompts == ["unseen one", PROMPTS[3], "unseen two"]
+    assert model.prompts == PROMPTS and len(model.embed(["unseen one"])) == 1
+
+    assert embed(config, everything=True) == 0
+    assert f"All 32 prompts of {config.data.prompts} and {held}; " in capsys.readouterr().out
+    assert stored(config).missing([*PROMPTS, "unseen one", "unseen two"]) == []
 
 
 def test_prompts_from_csv(config, capsys, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from flux_small import PROMPTS, write_run
 from PIL import Image
+from reward_fakes import write_cache
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -102,12 +103,12 @@ def test_what_a_tracker_was_told(tmp_path, miniature):
 
 
 def test_the_commands_of_the_readme(tmp_path, miniature, monkeypatch, capsys):
-    """As they stand there, on the miniature's model and sizes."""
+    """As they stand there, on the miniature's model and sizes; the preset's rewards are small ones
+    in their published formats, in the user's cache."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    reward = (Path(__file__).parent / "flux_small.py").read_text().replace("warmth", "reward")
-    (tmp_path / "mine.py").write_text(reward)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
+    cache = write_cache(tmp_path / "cache")
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda name: str(cache))
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     section = readme.partition("## Train FLUX.1-dev")[2].partition("```bash")[2].partition("```")[0]
     lines = section.replace("\\\n", " ").splitlines()
@@ -125,7 +126,13 @@ def test_the_commands_of_the_readme(tmp_path, miniature, monkeypatch, capsys):
     for name, *arguments in commands:
         again = ["--train.updates", "2"]  # or it would find the run finished
         g2rpo(name, *arguments, *(again if "--resume" in arguments else small[name]))
-    assert [row["update"] for row in rows(Path("runs/flux"))] == [0, 1, 2]
+    found = rows(Path("runs/flux"))
+    assert [row["update"] for row in found] == [0, 1, 2]
+    for name in ("hps-v2.1", "clip-score-224"):
+        assert found[2][f"rollout/{name}/std"] > 0 and found[2][f"rollout/{name}/failed"] == 0
+        assert found[2][f"reward/{name}/std"] > 0
+    for name in ("pickscore", "imagereward"):
+        assert found[2][f"heldout/{name}/std"] > 0 and f"rollout/{name}/std" not in found[2]
     assert len(list(Path("runs/flux/samples-step-000002").glob("*.png"))) == 2
     assert "pipe.load_lora_weights" in capsys.readouterr().out
 

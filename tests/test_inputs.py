@@ -10,9 +10,9 @@ from tiny import TinyModel, brightness, tiny_config
 from g2rpo.checkpoint import MANIFEST, list_checkpoints, load_checkpoint, save_checkpoint
 from g2rpo.data import PromptSampler, read_prompts
 from g2rpo.errors import ConfigurationError, TrainingError
-from g2rpo.scoring import diversity
 from g2rpo.objective import integrate_advantages
 from g2rpo.rewards import Reward, import_reward, reward_name, score
+from g2rpo.scoring import diversity
 from g2rpo.seeds import anchor_seeds, branch_seeds, evaluation_seeds, hash_seed, splitmix64
 from g2rpo.trainer import Trainer
 from g2rpo.weights import FullWeights

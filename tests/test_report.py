@@ -127,6 +127,71 @@ def test_report_colours_only_what_stands_out_of_the_noise(run_dir) -> None:
     assert re.search(r'"number fell">-0\.026', (run_dir / "report.html").read_text())
 
 
+def with_intervals(rows: list[dict]) -> list[dict]:
+    """The rows of a run that kept intervals: the judge falls from 0.986 to 0.960."""
+    found = [dict(row) for row in rows]
+    for row in found:
+        for key in [key for key in row if key.endswith("/mean") and not key.startswith("rollout")]:
+            half = 0.02 if "judge" in key else 0.03
+            row |= {key[:-4] + "low": row[key] - half, key[:-4] + "high": row[key] + half}
+            row |= {key[:-4] + "failed": 3 if "judge" in key else 0}
+            if row["update"]:
+                row[key[:-4] + "win_rate"] = 0.25 if "judge" in key else 0.875
+    found[0] |= {"reward/classifier_log_prob/weight": 1.0}
+    found[0] |= {"reward/classifier_probability/weight": 0.0}
+    for row, cut in zip(found[1:], (5, 7, 2, 2), strict=True):  # a resume in between
+        row |= {"rollout/classifier_probability/failed": 1, "truncated_prompts/clip": cut}
+    return found
+
+
+def rewrite(run_dir: Path, rows: list[dict]) -> None:
+    (run_dir / "metrics.jsonl").unlink()
+    for row in rows:
+        MetricsLog(run_dir / "metrics.jsonl").append(row)
+
+
+def test_report_shows_the_intervals_that_the_rows_have(run_dir) -> None:
+    rewrite(run_dir, with_intervals(run_rows()))
+    write_report(run_dir)
+    page = (run_dir / "report.html").read_text()
+    text = Page(page).text
+    assert "before after change win rate" in text and "±" not in text
+    assert "classifier_log_prob reward -0.600 [-0.630, -0.570] -0.350 [-0.380, -0.320]" in text
+    assert "[-0.380, -0.320] +0.250 ▲ 87.5%" in text and "bootstrap over the 400 eval" in text
+    assert "classifier_probability reported 0.770 [0.740, 0.800]" in text
+    assert "judge_accuracy held-out 0.986 [0.966, 1.006] 0.960 [0.940, 0.980]" in text
+    assert "-0.026 ▼ 25.0%" in text and '"number fell">-0.026' in page  # outside of where it began
+    assert "Scores that failed 9 of heldout/judge_accuracy, 4 of rollout/classifier_prob" in text
+    assert "Prompts that a scorer had to cut 9 of clip" in text
+    MetricsLog(run_dir / "metrics.jsonl").truncate(after_update=0)
+    write_report(run_dir)
+    text = Page((run_dir / "report.html").read_text()).text
+    assert "judge_accuracy held-out 0.986 [0.966, 1.006] - - -" in text
+
+
+def test_report_warns_of_reward_hacking(run_dir) -> None:
+    def box() -> str:
+        write_report(run_dir)
+        page = (run_dir / "report.html").read_text()
+        found = re.search(r'<section class="alarm">(.*?)</section>', page, re.DOTALL)
+        return Page(found[1]).text if found else ""
+
+    assert box() == ""  # rows without intervals
+    rows = with_intervals(run_rows())
+    rewrite(run_dir, rows)
+    assert (found := box()).startswith(
+        "Reward hacking? Since the evaluation at update 4 what is trained on has risen while"
+    )
+    assert "held-out judge_accuracy 0.960, below its start 0.986 [0.966, 1.006]" in found
+    assert "trained classifier_log_prob -0.350, above" in found and "probability" not in found
+    rewrite(run_dir, [*rows, {"update": 5}, rows[4] | {"update": 6}])
+    assert "Since update 4 what" in box()
+    rewrite(run_dir, [*rows, rows[2] | {"update": 6}])
+    assert "At update 4 what is trained on had risen" in box() and "no longer so" in box()
+    rewrite(run_dir, rows[:4])
+    assert box() == ""
+
+
 def test_report_can_be_made_again_after_a_crash(run_dir) -> None:
     write_report(run_dir)
     whole = (run_dir / "report.html").read_bytes()

@@ -90,6 +90,13 @@ def assert_same_run(a: Path, b: Path) -> None:
     for name in first:
         assert torch.equal(first[name], second[name]), name
     assert [timeless(row) for row in rows(a)] == [timeless(row) for row in rows(b)]
+    assert scores(a) == scores(b) and len(scores(a)) >= 3
+
+
+def scores(run_dir: Path) -> dict[str, list]:
+    """Of every evaluation, by file."""
+    files = {path.name: json.loads(path.read_text()) for path in run_dir.glob("scores/*.json")}
+    return {name: [*found["scores"].values()] for name, found in files.items()}
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +110,8 @@ def undisturbed(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_what_it_promises(undisturbed):
     assert {path.name for path in undisturbed.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "curves.png", "report.html", "samples", "checkpoints",
-        ".lock",
+        "config.yaml", "metrics.jsonl", "curves.png", "report.html", "samples", "scores",
+        "checkpoints", ".lock",
     }  # fmt: skip
     checkpoints = sorted(path.name for path in (undisturbed / "checkpoints").iterdir())
     assert checkpoints == ["step-000004", "step-000006"]  # keep_last: 2

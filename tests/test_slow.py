@@ -99,6 +99,11 @@ def test_kill_9_at_random_moments(tmp_path, miniature, weights):
     output = finish(train("--resume", killed))
     assert re.search(r"Resuming after update \d+", output), output
     assert rows(killed) == rows(undisturbed)
+    scores = [
+        {path.name: path.read_bytes() for path in (run / "scores").iterdir()}
+        for run in (undisturbed, killed)
+    ]
+    assert scores[0] == scores[1] and len(scores[0]) == 2 + (UPDATES - 1) // 7
     folder = f"checkpoints/step-{UPDATES:06d}"
     found = (undisturbed / folder).rglob("*.safetensors")
     files = sorted(path.relative_to(undisturbed) for path in found)

@@ -98,6 +98,18 @@ def test_pace_leaves_evaluations_out_and_time_left_does_not(now) -> None:
     assert out.getvalue().splitlines()[-1].endswith("100 evaluations/s  eta 5:00")
 
 
+def test_a_warning_stands_in_every_line_until_it_is_taken_back(now) -> None:
+    display, out = plain()
+    with display:
+        display.row(evaluated(0, 0.5, 0.5))
+        display.warn("BEWARE of [x]")
+        display.row(evaluated(1, 0.6, 0.4))
+        display.warn("")
+        display.row(evaluated(2, 0.6, 0.5))
+    first, second, third = out.getvalue().splitlines()
+    assert "  BEWARE of [x]" in second and "BEWARE" not in first + third
+
+
 def test_resume_goes_on_from_earlier_rows_in_silence(now) -> None:
     display, out = plain()
     with display:
@@ -227,6 +239,20 @@ def test_panel_shows_a_message_until_it_is_printed() -> None:
     assert "".join(waiting[:2]) == "[stopping]" + "x" * 100 and len(waiting) == 2 + 4
     assert len(printed) == 4 and printed[0].startswith("update")
     assert "[stopping]" + "x" * 100 + "\n" in display.console.file.getvalue()
+
+
+def test_panel_shows_a_warning_in_red_while_it_lasts() -> None:
+    with Display(10, 1000, terminal(80)) as display:
+        display.row(evaluated(0, 0.1, 0.2))
+        display.warn("BEWARE of [x] " + "and so on " * 9)
+        warned = panel(display)
+        display._live.refresh()
+        drawn = display.console.file.getvalue()
+        display.warn("")
+        assert len(panel(display)) == 4
+    assert warned[0].startswith("BEWARE of [x] and so on") and len(warned) == 2 + 4
+    assert max(map(len, warned)) <= 80
+    assert "\x1b[1;31mBEWARE of [x]" in drawn
 
 
 class FakeTerminal(io.StringIO):

@@ -247,8 +247,10 @@ def test_evaluation_is_fixed():
     """The same prompts and noises every time and in every run, not counted as training."""
     config = tiny_config()
     trainer = make_trainer(config, [Reward("b", brightness), Reward("c", contrast, heldout=True)])
-    row, images, prompts = trainer.evaluate()
+    row, images, scores = trainer.evaluate()
+    prompts = trainer.evaluation_prompts
     assert images.shape == (6, 1, 16, 4) and prompts == list(PROMPTS)
+    assert torch.equal(scores[1], contrast(images, prompts).double())
     assert {"reward/b/mean", "reward/b/std", "heldout/c/mean", "heldout/c/std"} <= set(row)
     assert row["heldout/c/mean"] == pytest.approx(contrast(images, prompts).mean().item())
     assert trainer.evaluations == 0

@@ -22,7 +22,13 @@ PROMPTS = ("north", "east", "south", "west", "up", "down")
 class TinyModel:
     latent_shape = (16, 4)  # a grid of 4 x 4 tokens
 
-    def __init__(self, seed: int = 0, guidance_embeds: bool = False, prompts=PROMPTS) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        guidance_embeds: bool = False,
+        prompts=PROMPTS,
+        evaluation_prompts=None,  # None: the same
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -45,12 +51,14 @@ class TinyModel:
         image_ids = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
         self.policy = FluxPolicy(transformer.eval(), image_ids)
         self.prompts = list(prompts)
-        count = len(self.prompts)
+        self.evaluation_prompts = list(evaluation_prompts or prompts)
+        self.known = list(dict.fromkeys([*self.prompts, *self.evaluation_prompts]))
+        count = len(self.known)
         self.embeds = torch.randn(count, 1, 32, generator=generator)
         self.pooled = torch.randn(count, 32, generator=generator)
 
     def embed(self, prompts) -> Conditions:
-        rows = [self.prompts.index(prompt) for prompt in prompts]
+        rows = [self.known.index(prompt) for prompt in prompts]
         return Conditions(self.embeds[rows], self.pooled[rows])
 
     def decode(self, latents: Tensor) -> Tensor:  # [N, 16, 4] -> [N, 1, 16, 4]

@@ -1,8 +1,8 @@
 """What a table of rewards says: means, 95 % bootstrap intervals, and what changed between pairs.
 
-Images of two policies that start from the same noise and prompt are a pair, so a change is judged by
-the differences within pairs, whose spread is far smaller than that between images. The intervals
-are over images: they say what other noises would give, not what other prompts would.
+Images of two policies that start from the same noise and prompt are a pair, so a change is judged
+by the differences within pairs, whose spread is far smaller than that between images. The intervals
+are over images: how far a mean would move if as many others had been drawn in the same way.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 from torch import Tensor
+
+from ..metrics import number
 
 RESAMPLES = 9999
 CONFIDENCE = 0.95
@@ -30,7 +32,16 @@ class Estimate:
 
     @property
     def text(self) -> str:
-        return f"{self.mean:.4g} [{self.low:.4g}, {self.high:.4g}]"
+        """'0.798 [0.770, 0.826]'; the mean alone where there is no interval, a dash for neither."""
+        if not math.isfinite(self.mean):
+            return "–"
+        low, high = number(self.low), number(self.high)
+        return number(self.mean) + (f" [{low}, {high}]" if self.has_interval else "")
+
+    @property
+    def has_interval(self) -> bool:
+        """Two images or more were scored: one says nothing of others."""
+        return math.isfinite(self.low) and math.isfinite(self.high)
 
 
 @dataclass(frozen=True)
@@ -38,12 +49,21 @@ class Comparison:
     """A reward over the images of a policy, and of a base policy where there is one."""
 
     reward: str
-    heldout: bool  # never trained on
+    heldout: bool  # a judge that the training never saw
     policy: Estimate
     base: Estimate | None = None
     change: Estimate | None = None  # policy - base, over pairs
     win_rate: Estimate | None = None  # share of pairs where the policy's is higher; equal: a half
     failed: int = 0  # scores, of either policy, that are not finite
+    trained: bool | None = None  # on; None: nothing is known of a training
+
+    @property
+    def mark(self) -> str:
+        """In-domain: trained on. Held-out: neither trained on nor looked at in training. Reported:
+        of weight 0 in a run that is not told to hold it out. '': nothing is known of a training."""
+        if self.heldout:
+            return "held-out"
+        return "" if self.trained is None else "in-domain" if self.trained else "reported"
 
 
 def estimate(values: Tensor, resamples: int = RESAMPLES) -> Estimate:  # [M]
@@ -69,11 +89,13 @@ def compare(
     policy: Tensor,  # [M]
     base: Tensor | None = None,  # [M], of the same prompts and noises
     resamples: int = RESAMPLES,
+    trained: bool | None = None,
 ) -> Comparison:
     """A row of the table. A score that is not finite takes its pair out, and is counted."""
     failed = int((~policy.isfinite()).sum())
     if base is None:
-        return Comparison(reward, heldout, estimate(policy, resamples), failed=failed)
+        alone = estimate(policy, resamples)
+        return Comparison(reward, heldout, alone, failed=failed, trained=trained)
     if base.shape != policy.shape:
         raise ValueError(
             f"base has shape {tuple(base.shape)}; expected {tuple(policy.shape)}, as the policy's"
@@ -89,4 +111,5 @@ def compare(
         estimate(difference, resamples),
         estimate(wins, resamples),
         failed + int((~base.isfinite()).sum()),
+        trained,
     )

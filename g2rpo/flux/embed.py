@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..config import Config
-from ..data import prompts_of_run, read_prompts
+from ..data import prompts_of_run, read_evaluation_prompts, read_prompts
 from ..errors import ConfigurationError
 from ..metrics import clock, count, duration, size
 from ..models import be_deterministic, choose_device
@@ -35,20 +35,26 @@ DTYPE = torch.bfloat16  # as training embeds
 
 
 def embed(config: Config, *, everything: bool = False) -> int:
-    """Embed the prompts that a run of this configuration uses, or everything in data.prompts.
+    """Embed the prompts that a run of this configuration uses, or everything in data.prompts and
+    data.evaluation_prompts.
 
     Returns an exit code: 0, or 130 after Ctrl-C. Raises ConfigurationError for keys that cannot be
     and when the disk is too small, TrainingError when it fills up all the same.
     """
     source, target = _keys(config)
     prompts = read_prompts(source, config.data.column)
-    wanted = prompts if everything else prompts_of_run(config, prompts)
+    evaluation_prompts = read_evaluation_prompts(config, prompts)
+    known = list(dict.fromkeys([*prompts, *evaluation_prompts]))
     if everything:
-        asked = f"All {count(len(prompts), 'prompt')} of {source}"
+        wanted, files = known, [source]
+        if config.data.evaluation_prompts is not None:
+            files.append(config.data.evaluation_prompts)
+        asked = f"All {count(len(known), 'prompt')} of {' and '.join(files)}"
     else:
+        wanted = prompts_of_run(config, prompts, evaluation_prompts)
         updates = count(config.train.updates, "update")
         asked = (
-            f"{len(wanted):,} of {count(len(prompts), 'prompt')} will be used by {updates} and the "
+            f"{len(wanted):,} of {count(len(known), 'prompt')} will be used by {updates} and the "
             "evaluations"
         )
     folder = resolve_folder(config.model.path, transformer_weights=False)  # 24 GB on the hub

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..data import prompts_of_run, read_prompts
+from ..data import prompts_of_run, read_evaluation_prompts, read_prompts
 from ..errors import ConfigurationError, TrainingError
 from ..metrics import count, duration, size
 from ..models import choose_device
@@ -53,10 +53,11 @@ class FluxModel:
         decoder: ImageDecoder,
         embedder: Embedder,
         prompts: Sequence[str],
+        evaluation_prompts: Sequence[str],
     ) -> None:
         self.folder = folder
         self.policy = policy
-        self.prompts = list(prompts)
+        self.prompts, self.evaluation_prompts = list(prompts), list(evaluation_prompts)
         self.latent_shape = latent_shape(decoder.height, decoder.width, decoder.vae.config)
         self._decoder = decoder
         self._embedder = embedder
@@ -160,6 +161,7 @@ def load_flux(config: Config, on_message: Callable[[str], None] = print) -> Flux
             "data.prompts is null; expected a file of prompts, since FLUX comes with none"
         )
     prompts = read_prompts(config.data.prompts, config.data.column)
+    evaluation_prompts = read_evaluation_prompts(config, prompts)
     stored = config.data.embeddings is not None
     weights = None
     if config.model.transformer is not None:
@@ -168,7 +170,8 @@ def load_flux(config: Config, on_message: Callable[[str], None] = print) -> Flux
         config.model.path, transformer_weights=weights is None, text_encoder_weights=not stored
     )
     if stored:
-        embedder, widths = _stored(config, folder, prompts, device)
+        used = prompts_of_run(config, prompts, evaluation_prompts)
+        embedder, widths = _stored(config, folder, used, device)
     else:
         embedder, widths = _cached(config, folder, device, on_message)
     import diffusers  # noqa: F401  (seconds, which are not the loading's)
@@ -203,7 +206,7 @@ def load_flux(config: Config, on_message: Callable[[str], None] = print) -> Flux
     ids = position_ids(height // side, width // side, device)
     policy = FluxPolicy(transformer, ids, config.rollout.guidance)
     decoder = ImageDecoder(vae, height, width, device, on_message)
-    return FluxModel(folder, policy, decoder, embedder, prompts)
+    return FluxModel(folder, policy, decoder, embedder, prompts, evaluation_prompts)
 
 
 def _check_widths(
@@ -224,13 +227,13 @@ def _check_widths(
 
 
 def _stored(
-    config: Config, folder: Path, prompts: Sequence[str], device: torch.device
+    config: Config, folder: Path, used: Sequence[str], device: torch.device
 ) -> tuple[Embedder, tuple[int, int]]:
-    """Embeddings from the folder that `g2rpo embed` filled, with all the prompts of this run."""
+    """Embeddings from the folder that `g2rpo embed` filled, with all that this run will use."""
     place = str(config.data.embeddings)
     store = EmbeddingStore.open(place)
     store.check(folder, config.data.max_sequence_length)
-    if missing := store.missing(prompts_of_run(config, prompts)):
+    if missing := store.missing(used):
         raise ConfigurationError(
             f"data.embeddings is {place!r}, which lacks {count(len(missing), 'prompt')} that this "
             f"run will use, the first {missing[0]!r}; run `g2rpo embed` with the same arguments"

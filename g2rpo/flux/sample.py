@@ -9,9 +9,7 @@ noise does not depend on the images beside it, and files that say what is in the
 from __future__ import annotations
 
 import argparse
-import io
 import math
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from rich.console import Console
 
 from ..data import read_prompts
 from ..errors import ConfigurationError, TrainingError
-from ..metrics import count, duration, write_beside
+from ..metrics import count, duration
 from ..models import choose_device
+from ..pictures import picture_name, write_picture
 from .pipeline import load_pipeline, memory, progress_bar
 from .quiet import quiet
 from .snippet import Source, find_source, renamed, snippet
@@ -152,9 +151,7 @@ def _jobs(prompts: Sequence[str], images: int, seed: int, output: Path) -> list[
     """Prompt by prompt, seeds counting on: 0000-first-words-of-the-prompt.png, 0001-..."""
     jobs = []
     for index, prompt in enumerate(prompt for prompt in prompts for _ in range(images)):
-        words = "-".join(re.findall(r"\w+", prompt.lower())[:6])[:48].rstrip("-")
-        name = f"{index:04d}-{words}.png" if words else f"{index:04d}.png"
-        jobs.append(Job(prompt, seed + index, output / name))
+        jobs.append(Job(prompt, seed + index, output / picture_name(index, prompt)))
     return jobs
 
 
@@ -218,17 +215,10 @@ def draw(
 
 
 def _write(picture: Image.Image, job: Job, source: Source, options: argparse.Namespace) -> None:
-    info = PngImagePlugin.PngInfo()
-    for key, value in {
+    said = {
         "prompt": job.prompt, "seed": job.seed, "steps": options.steps,
         "guidance": options.guidance, "size": f"{options.width}x{options.height}",
         "max_sequence_length": options.max_sequence_length, "dtype": options.dtype,
         "model": source.model, "weights": source.weights,
-    }.items():  # fmt: skip
-        info.add_text(key, str(value))
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", pnginfo=info)
-    try:
-        write_beside(job.path, buffer.getvalue())
-    except OSError as error:
-        raise TrainingError(f"{job.path} cannot be written: {error}") from error
+    }  # fmt: skip
+    write_picture(picture, job.path, said)

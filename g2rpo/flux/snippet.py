@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from ..checkpoint import AVERAGE, list_checkpoints
+from ..checkpoint import AVERAGE, choose_checkpoint
 from ..errors import ConfigurationError
 from .files import resolve_folder
 
@@ -105,7 +105,7 @@ def _run(run_dir: Path, checkpoint: str | None, ema: bool) -> Source:
             f"MODEL is {str(run_dir)!r}, a run of the embedded digits model; expected one of FLUX, "
             f"with nothing else does `g2rpo sample` draw. Its samples are in {run_dir / 'samples'}"
         )
-    chosen = _checkpoint(run_dir, checkpoint)
+    chosen = choose_checkpoint(run_dir, checkpoint, "MODEL")
     is_lora = (chosen / "lora").is_dir()
     inside = AVERAGE if ema else "lora" if is_lora else "transformer"
     if ema and not (chosen / inside).is_dir():
@@ -126,21 +126,6 @@ def _run(run_dir: Path, checkpoint: str | None, ema: bool) -> Source:
         weights.resolve() if is_lora else None,
         run_dir / f"samples-{chosen.name}{'-ema' if ema else ''}",
     )
-
-
-def _checkpoint(run_dir: Path, name: str | None) -> Path:
-    found = list_checkpoints(run_dir / "checkpoints")
-    if not found:
-        raise ConfigurationError(
-            f"MODEL is {str(run_dir)!r}, a run without a checkpoint; expected one that has been "
-            "trained up to its first (train.save_every updates, or Ctrl-C)"
-        )
-    names = [path.name for path in found]
-    if name is None:
-        return found[-1]
-    if name not in names:
-        raise ConfigurationError(f"--checkpoint is {name!r}; expected one of {', '.join(names)}")
-    return found[names.index(name)]
 
 
 def _file(argument: str, value: str | None, name: str) -> Path | None:

@@ -20,6 +20,7 @@ from ..errors import ConfigurationError
 from .cards import CARDS, Card, find_card
 from .memory import UPDATE, Memory, dtype_of, plan_memory
 from .model import Sizes, sizes_of
+from .rewards import PARAMETERS, scorers_of
 from .speed import Phase, Work, measured_update, plan_work
 
 # Phases of the trainer, of which benchmarks/bench_flux_update.py measures the peak -> those here.
@@ -114,6 +115,11 @@ def _lora(config: Config) -> None:
     config.model.lora.rank = 64
 
 
+def _rest(config: Config) -> None:
+    for reward in config.rewards:
+        reward.offload |= reward.name in PARAMETERS and reward.name != "judge"
+
+
 def _changes(config: Config) -> list[tuple[str, Callable[[Config], None]]]:
     """What could be changed of this configuration, as one types it, the mildest first."""
     model, rollout, optimizer = config.model, config.rollout, config.optimizer
@@ -121,6 +127,8 @@ def _changes(config: Config) -> list[tuple[str, Callable[[Config], None]]]:
     found: list[tuple[str, Callable[[Config], None]]] = []
     if optimizer.name == "adamw8bit" and not optimizer.offload:
         found.append(("--optimizer.offload true", _set("optimizer", "offload", True)))
+    if scorers_of(config).staying:
+        found.append(("--rewards with offload: true", _rest))
     if not model.gradient_checkpointing:
         found.append(
             ("--model.gradient_checkpointing true", _set("model", "gradient_checkpointing", True))
@@ -231,6 +239,7 @@ def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
             "rows": {row.name: dict(row.bytes) for row in memory.rows},
             "totals": memory.totals,
             "host": dict(memory.host),
+            "rewards_not_counted": list(scorers_of(plan.config).unknown),
             "measured": None if plan.measured is None
             else {"peaks": plan.measured[0], "file": plan.measured[1]},
         },

@@ -1,7 +1,8 @@
 """What lives in GPU memory in which phase of an update, in bytes, and what in host memory.
 
 All of it is arithmetic on shapes, of the steady state: from the second update on, since AdamW makes
-its states in the first step. Rewards are functions of the user's and not counted.
+its states in the first step. Of rewards the weights of the published scorers are counted, whose
+activations are less than those of decoding; functions and classes of the user's are not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ..completions import completion_tree
 from ..config import Config
 from .activations import Activations, modulation_row
 from .model import Sizes
+from .rewards import scorers_of
 
 PHASES = ("load", "embed", "anchor", "completions", "rewards", "backward", "step")
 ROLLOUT = ("anchor", "completions", "rewards")
@@ -140,6 +142,7 @@ def plan_memory(config: Config, sizes: Sizes, multiprocessors: int = 132) -> Mem
     completion = activations(config, sizes, rollout.branch_batch)
     kept = _branches(config, sizes)
     table = _table(config, sizes) if config.model.fuse else 0
+    scorers = scorers_of(config)
     rows = (
         Row("weights", dict.fromkeys(phases, made.weights)),
         Row("low bits of the master", dict.fromkeys(states, made.low_bits)),
@@ -166,6 +169,9 @@ def plan_memory(config: Config, sizes: Sizes, multiprocessors: int = 132) -> Mem
         }),
         Row("autoencoder", dict.fromkeys(phases, sizes.vae_parameters * itemsize)),
         Row("text encoders", {"embed": sizes.encoder_bytes} if embeds else {}),
+        Row("reward models", {
+            p: scorers.staying + (scorers.visiting if p == "rewards" else 0) for p in phases
+        }),
     )  # fmt: skip
     rows = tuple(row for row in rows if any(row.bytes.get(p, 0) for p in phases))
     return Memory(phases, rows, _host(config, sizes, made, itemsize, embeds))
@@ -249,6 +255,7 @@ def _host(
         ("optimizer's states, pinned", made.streamed + offloaded),
         ("text encoders", sizes.encoder_bytes if embeds else 0),
         ("embeddings, at most", 2**30 if embeds else 0),
+        ("reward models", scorers_of(config).host),
     )
     return tuple((name, count) for name, count in rows if count)
 

@@ -12,6 +12,7 @@ from ..metrics import duration
 from ..plan import Plan
 from .cards import GIB
 from .memory import dtype_of, trained
+from .rewards import scorers_of
 from .speed import SOURCE, Phase
 
 WIDTH = 100
@@ -115,8 +116,10 @@ def _verdict(plan: Plan) -> Text:
         f": {plan.peak / unit:.2f} {unit_name} at most, in {plan.peak_phase} ({kind}), {apart:.2f} "
         f"GiB {'below' if plan.fits else 'above'} the {card.usable / GIB:.2f} there are: "
         f"{card.bytes / GIB:.1f} less {card.reserve / GIB:.1f} for the CUDA context and "
-        "fragmentation. Reward models on the GPU are not counted."
+        "fragmentation."
     )
+    if unknown := scorers_of(plan.config).unknown:
+        text.append(f" What {', '.join(unknown)} may need is not counted.")
     return text
 
 
