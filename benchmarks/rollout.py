@@ -3,14 +3,17 @@
     python benchmarks/rollout.py [--rounds 7] [--json benchmarks/results/rollout-cpu.json]
 
 Compared with a plain Euler loop over diffusers' model, written as one would without this package,
-at the best of several batch sizes. Rounds of all variants are interleaved and medians compared, so
-a machine that slows down slows all of them. The rollout includes everything an update needs before
-its rewards: anchors, branches with log-probabilities, and completions; padding is not counted.
+at the same batch size and at the best of several. The rollout as it is, and with its completions
+compiled, in bfloat16, or both (rollout.engine, rollout.precision). Rounds of all variants are
+interleaved and medians compared, so a machine that slows down slows all of them. The rollout
+includes everything an update needs before its rewards: anchors, branches with log-probabilities,
+and completions; padding is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -25,8 +28,15 @@ from g2rpo.arguments import find_preset, make_parser, parse_config
 from g2rpo.models import load_model
 from g2rpo.trainer import Trainer
 
-PLAIN_BATCHES = (48, 96, 192, 384)
+PLAIN_BATCHES = (48, 96, 128, 192, 384)
 ROLLOUT_BATCHES = (48, 96, 128, 192, 384)
+WAYS = {  # of completions
+    "as it is": {},
+    "compiled": {"engine": "compile"},
+    "bfloat16": {"precision": "bfloat16"},
+    "compiled, bfloat16": {"engine": "compile", "precision": "bfloat16"},
+}
+WAYS_BATCHES = (128, 384)
 
 
 @torch.no_grad()
@@ -62,7 +72,7 @@ def rollout(trainer: Trainer) -> tuple[int, float]:
     conditions = trainer.model.embed([trainer.sampler.prompts[i] for i in ids])
     trainer.roll_out(1, ids, conditions)
     seconds = time.perf_counter() - started
-    return trainer.evaluations_per_update - len(ids) * len(trainer.positions), seconds
+    return trainer.evaluations_per_update - len(ids) * len(trainer.sampling.positions(1)), seconds
 
 
 def main() -> None:
@@ -76,10 +86,20 @@ def main() -> None:
     untouched = digits.pretrained_transformer()
     for batch in PLAIN_BATCHES:
         variants[f"plain loop, batch {batch}"] = lambda batch=batch: plain_loop(untouched, batch)
+    batches = {name: int(name.rpartition(" ")[2]) for name in variants}
     for batch in ROLLOUT_BATCHES:
-        config.rollout.branch_batch = batch
-        trainer = Trainer(config, model, [])
-        variants[f"rollout, branch_batch {batch}"] = lambda trainer=trainer: rollout(trainer)
+        for way, values in WAYS.items():
+            if values and batch not in WAYS_BATCHES:
+                continue
+            ours = copy.deepcopy(config)
+            ours.rollout.branch_batch = batch
+            for key, value in values.items():
+                setattr(ours.rollout, key, value)
+            ours.validate()
+            trainer = Trainer(ours, model, [])
+            name = f"rollout, branch_batch {batch}, {way}"
+            variants[name] = lambda trainer=trainer: rollout(trainer)
+            batches[name] = batch
     rates: dict[str, list[float]] = {name: [] for name in variants}
     for index in range(arguments.rounds + 1):
         for name, run in variants.items():
@@ -87,10 +107,12 @@ def main() -> None:
             if index:  # the first round warms up
                 rates[name].append(evaluations / seconds)
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    best_plain = max(v for name, v in medians.items() if name.startswith("plain"))
+    plain = {batches[name]: v for name, v in medians.items() if name.startswith("plain")}
+    print(f"{torch.get_num_threads()} threads; evaluations a second, and times the plain loop's at")
+    print(f"{'':48} {'':9} {'its batch':>10} {'its best':>10}")
     for name, value in medians.items():
-        times = value / best_plain
-        print(f"{name:32} {value:9,.0f} evaluations/s   {times:5.2f} x best plain loop")
+        same, best = value / plain[batches[name]], value / max(plain.values())
+        print(f"{name:48} {value:9,.0f} {same:9.2f}x {best:9.2f}x")
     if arguments.json:
         report = {
             "evaluations_per_second": rates,

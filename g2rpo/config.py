@@ -102,7 +102,12 @@ class DataConfig:
 
 @dataclass
 class RolloutConfig:
-    """Anchor, branches and completions."""
+    """What an update draws."""
+
+    sampling: Literal["singular", "trajectories"] = "singular"
+    """singular: branches leave a deterministic anchor by one stochastic step each, whose advantage
+    is their reward (G2RPO). trajectories: runs that are stochastic at all sde_positions, each with
+    one reward for all its steps (Flow-GRPO, DanceGRPO, MixGRPO)."""
 
     height: int | None = None
     """Height of the images in pixels, a multiple of 16; null: 720, and 8 for the digits."""
@@ -119,17 +124,32 @@ class RolloutConfig:
     dynamics: Literal["flow", "dance", "cps", "dpm1"] = "flow"
     """SDE of that step: flow (G2RPO, Flow-GRPO), dance, cps or dpm1 (not at position 0)."""
     sde_positions: list[int] = field(default_factory=lambda: list(range(8)))
-    """Steps of the anchor, 0 .. T-2, at which branches leave it."""
+    """Steps, 0 .. T-2, at which branches leave the anchor, or at which trajectories are
+    stochastic."""
+    window: int | None = None
+    """Of sde_positions, how many an update uses: as many in a row, which move; null: all."""
+    window_order: Literal["progressive", "random"] = "progressive"
+    """Whether the window slides from the first positions to the last and begins again, or jumps."""
+    window_updates: int = 1
+    """Updates after which the window moves."""
+    window_stride: int = 1
+    """Positions that it moves by."""
     granularities: list[int] = field(default_factory=lambda: [1, 2])
     """Step sizes, in steps of the schedule, at which every branch is completed."""
     group_size: int = 12
-    """Branches G per prompt and position, at least 2."""
-    precision: Literal["fp8"] | None = None
-    """Of the completions' forwards: fp8 (needs model.fuse) for their token linears; null: as the
-    update's. Anchors, and with them the importance ratios, never see it."""
+    """Branches G per prompt and position, or trajectories per prompt, at least 2."""
+    common_noise: bool = True
+    """Whether a prompt's trajectories begin at one noise; branches do."""
+    trained_fraction: float = 1.0
+    """Of each trajectory's stochastic steps, how many are trained, drawn for each anew; in (0, 1].
+    """
+    precision: Literal["fp8", "bfloat16"] | None = None
+    """Of the completions' forwards: fp8 (needs model.fuse) for their token linears; bfloat16 by a
+    copy of a float32 transformer; null: as the update's. Anchors, and with them the importance
+    ratios, never see it."""
     engine: Literal["auto", "eager", "graph", "compile"] = "auto"
-    """How the completions' forwards run, for model.fuse: graph replays a CUDA graph, compile goes
-    through torch.compile; auto: graph on a GPU, and eager on a CPU and without model.fuse."""
+    """How the completions' forwards run: graph (needs model.fuse) replays a CUDA graph, compile
+    goes through torch.compile; auto: graph on a GPU, and eager on a CPU and without model.fuse."""
     branch_batch: int = 16
     """Rows of one transformer forward; completions are packed into batches of exactly this size."""
 
@@ -141,6 +161,7 @@ class RolloutConfig:
         _expect("rollout.branch_batch", self.branch_batch, self.branch_batch >= 1, "at least 1 row")
         _distinct("rollout.sde_positions", self.sde_positions)
         _distinct("rollout.granularities", self.granularities)
+        self._validate_sampling()
         for k in self.sde_positions:
             _expect(
                 "rollout.sde_positions", self.sde_positions, 0 <= k <= self.steps - 2,
@@ -164,6 +185,27 @@ class RolloutConfig:
                 f"rollout.eta {self.eta}, rollout.dynamics {self.dynamics!r} and position {k} of "
                 f"rollout.sde_positions do not go together: {error}"
             ) from error
+
+
+    def _validate_sampling(self) -> None:
+        window, count = self.window, len(self.sde_positions)
+        ok = window is None or 1 <= window <= count
+        _expect("rollout.window", window, ok, f"1 to {count} (of rollout.sde_positions), or null")
+        for key in ("window_updates", "window_stride"):
+            value = getattr(self, key)
+            _expect(f"rollout.{key}", value, value >= 1, "at least 1")
+        fraction = self.trained_fraction
+        _expect("rollout.trained_fraction", fraction, 0 < fraction <= 1, "in (0, 1]")
+        singular = self.sampling == "singular"
+        for key, value, only, where in (
+            ("trained_fraction", fraction, 1.0, singular),
+            ("common_noise", self.common_noise, True, singular),
+            ("granularities", self.granularities, [1], not singular),
+            ("precision", self.precision, None, not singular),
+            ("engine", self.engine, "auto", not singular),
+        ):
+            expected = f"{only!r} with rollout.sampling {self.sampling!r}"
+            _expect(f"rollout.{key}", value, not where or value == only, expected)
 
 
 def _distinct(name: str, values: list[int] | list[str]) -> None:
@@ -225,6 +267,12 @@ class ObjectiveConfig:
     """Advantages are clamped to plus or minus this (standard deviations); null: not at all."""
     stepping: Literal["accumulate", "per_position"] = "accumulate"
     """One optimizer step an update, exactly on-policy; or one after every SDE position."""
+    advantage_std: Literal["group", "update"] = "group"
+    """What a group's rewards, less their mean, are divided by: their own standard deviation, or
+    that of all of the update's (Flow-GRPO)."""
+    ratio: Literal["plain", "normalised"] = "plain"
+    """Importance ratio: as it is, or GRPO-Guard's (arXiv 2510.22319), whose mean and spread are the
+    same at every step."""
     kl: float = 0.0
     """Weight of the KL divergence to the starting policy, in the loss; 0: not computed."""
 
@@ -344,12 +392,12 @@ class Config:
         """
         _expect(
             "rollout.precision", self.rollout.precision,
-            self.rollout.precision is None or self.model.fuse, "null, or model.fuse true with it",
+            self.rollout.precision != "fp8" or self.model.fuse, "null, or model.fuse true with it",
         )  # fmt: skip
         _expect(
             "rollout.engine", self.rollout.engine,
-            self.rollout.engine in ("auto", "eager") or self.model.fuse,
-            "'auto' or 'eager', or model.fuse true with it",
+            self.rollout.engine != "graph" or self.model.fuse,
+            "'auto', 'eager' or 'compile', or model.fuse true with it",
         )  # fmt: skip
         for group in (self.model.lora, self.data, self.rollout, self.objective):
             group.validate()

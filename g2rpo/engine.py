@@ -2,11 +2,13 @@
 
 99 % of an update's work is these forwards, and no log-probability depends on them. A fused
 transformer runs them through `gk.FluxRollout`, which computes once what their rows share, in one
-static shape that a CUDA graph can replay; another runs them as everything else.
+static shape that a CUDA graph can replay; another runs them as everything else, or compiled. A
+float32 transformer may have a copy in bfloat16 that makes them.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -48,8 +50,10 @@ class CompletionEngine:
         sigmas: Tensor,  # float32 [T + 1] on the policy's device
         on_message: Callable[[str], None],
     ) -> None:
-        self.policy, self.sigmas = policy, sigmas
+        self.policy, self.sigmas, self._trained = policy, sigmas, policy.transformer
         self.precision: AbstractContextManager[Any] = nullcontext()
+        if config.rollout.precision == "bfloat16":
+            self.policy = _bfloat16_copy(policy)
         if config.rollout.precision == "fp8":
             self.precision = fp8_rollout(policy.transformer, policy.device)
             self._release()  # now it is known that they fit
@@ -57,17 +61,22 @@ class CompletionEngine:
         if config.model.fuse:
             mode = _mode(config.rollout.engine, policy.device)
             self._rollout = gk.FluxRollout(
-                policy.transformer, policy.image_ids, policy.guidance, mode,
+                self.policy.transformer, policy.image_ids, policy.guidance, mode,
                 lambda why: on_message(
                     f"The completions' forward cannot be captured in a CUDA graph ({why}): it runs "
                     "without from here on; rollout.engine 'eager' does not try"
                 ),
             )  # fmt: skip
+        elif config.rollout.engine == "compile":
+            # The weights are its inputs: it is compiled once for all updates.
+            compiled = torch.compile(self.policy.transformer, dynamic=False)
+            self.policy = FluxPolicy(compiled, policy.image_ids, policy.guidance or 0.0)
 
     @contextmanager
     def of(self, conditions: Conditions) -> Iterator[Predict]:
         """Within the block, what it gives predicts velocities under these conditions, with the
         weights of now."""
+        self._refresh()
         try:
             with self.precision:
                 if (rollout := self._rollout) is None:
@@ -78,11 +87,32 @@ class CompletionEngine:
         finally:
             self._release()
 
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """The weights of now, in a copy's own precision."""
+        if self.policy.dtype != next(self._trained.parameters()).dtype:
+            ours = self.policy.transformer.parameters()
+            for mine, trained in zip(ours, self._trained.parameters(), strict=True):
+                mine.copy_(trained)
+
     def _release(self) -> None:
         """FP8 copies live as long as completions: 8.6 GB of FLUX.1-dev, for which the update has
         no room, and whose weights it changes."""
         if isinstance(self.precision, gk.Fp8Rollout):
             self.precision.release()
+
+
+def _bfloat16_copy(policy: FluxPolicy) -> FluxPolicy:
+    """The policy with a transformer of its own in bfloat16, which stays in memory."""
+    if policy.dtype != torch.float32:
+        raise ConfigurationError(
+            "rollout.precision is 'bfloat16', and so is the transformer; expected null, or "
+            "model.dtype float32"
+        )
+    transformer = copy.deepcopy(policy.transformer).requires_grad_(False)
+    # nn.Module's own: diffusers' warns of modules that FLUX does not have
+    transformer = nn.Module.to(transformer, dtype=torch.bfloat16)
+    return FluxPolicy(transformer, policy.image_ids, policy.guidance or 0.0)
 
 
 def _mode(engine: str, device: torch.device) -> str:

@@ -50,7 +50,8 @@ def measure(trainer: Trainer, updates: int = 1) -> Agreement:
         raise ConfigurationError(
             f"rollout.precision is {config.rollout.precision!r}; expected 'fp8', to compare it"
         )
-    fp8, weights = trainer.engine.precision, [r.weight for r in trainer.trained]
+    engine = trainer.sampling.engine
+    fp8, weights = engine.precision, [r.weight for r in trainer.trained]
     errors: dict[float, list[Tensor]] = {}
     ranks: dict[str, list[Tensor]] = {reward.name: [] for reward in trainer.trained}
     signs, differences, not_finite = [], [], 0
@@ -61,32 +62,33 @@ def measure(trainer: Trainer, updates: int = 1) -> Agreement:
         conditions = trainer.model.embed(prompts)
         found = {}
         for name, precision in (("fp8", fp8), ("plain", nullcontext())):
-            trainer.engine.precision = precision
-            chunks, finished, anchors = trainer.roll_out(number, ids, conditions)
+            engine.precision = precision
+            rollout = trainer.roll_out(number, ids, conditions)
             with trainer.scoring():
                 rewards, _ = score_rollout(
-                    trainer.model, finished, anchors, prompts, trainer.trained, trainer.branch_batch
-                )
+                    trainer.model, rollout.finished, rollout.anchors, prompts, trainer.trained,
+                    trainer.sampling.branch_batch,
+                )  # fmt: skip
             advantages = integrate_advantages(rewards, config.rollout.group_size, weights)
-            found[name] = finished, rewards, advantages.values
-        trainer.engine.precision = fp8
+            found[name] = rollout.finished, rewards, advantages.values
+        engine.precision, chunks = fp8, rollout.chunks
         bad = [~found[name][0].isfinite().flatten(3).all(3) for name in ("fp8", "plain")]
         not_finite += int((bad[0] & ~bad[1]).sum())
         for reward, a, b in zip(trainer.trained, found["fp8"][1], found["plain"][1], strict=True):
             ranks[reward.name].append(_spearman(a, b, config.rollout.group_size))
         signs.append((found["fp8"][2].sign() == found["plain"][2].sign()).double().flatten())
         for rows, branches in chunks:
-            for k, latents in zip(trainer.positions, branches.latents, strict=True):
-                sigma = trainer.sigmas[k].expand(len(latents))
-                plain = trainer.policy.predict(latents, sigma, conditions[rows]).double()
+            for step in map(branches.step, range(len(branches))):
+                given = step.latents, step.sigmas, conditions[rows]
+                plain = trainer.policy.predict(*given).double()
                 with fp8:
-                    ours = trainer.policy.predict(latents, sigma, conditions[rows]).double()
+                    ours = trainer.policy.predict(*given).double()
                 square = (ours - plain).flatten(1).square().sum(1)
                 error = square / plain.flatten(1).square().sum(1)
-                errors.setdefault(float(trainer.sigmas[k]), []).append(error)
+                errors.setdefault(float(step.sigmas[0]), []).append(error)
         fp8.release()  # they would be of the weights of before
         result = trainer.improver.improve(chunks, conditions, found["fp8"][2])
-        stored = [b.old_log_prob[i] for i in range(len(trainer.positions)) for _, b in chunks]
+        stored = [b.old_log_prob[i] for i in range(len(chunks[0][1])) for _, b in chunks]
         differences += [
             (out.log_prob - old).abs().max() for out, old in zip(result.losses, stored, strict=True)
         ]
@@ -153,7 +155,7 @@ def main(arguments: Sequence[str]) -> int:
         )
     rewards = make_rewards(config)  # first: what is missing should not cost loading a model
     trainer = Trainer(config, load_model(config), rewards, on_message=print)
-    emulated = trainer.engine.precision.emulate
+    emulated = trainer.sampling.engine.precision.emulate
     agreement = measure(trainer, UPDATES)
     hardware = "emulated, for want of hardware" if emulated else "by the hardware"
     show(

@@ -1,8 +1,8 @@
 """The update proper: policy losses with gradients, clipping, the optimizer's step.
 
-For each SDE position one forward with gradients at x_k, a row a prompt and not one a branch; the
-clipped policy loss over its branches, and a KL divergence to the starting policy where that has a
-weight; then one step of AdamW, or one after every position. No gradient outlives it.
+For each stochastic step one forward with gradients at x_k, a row an anchor and not one a branch;
+the clipped policy loss over its branches, and a KL divergence to the starting policy where that has
+a weight; then one step of AdamW, or one after every position. No gradient outlives it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import g2rpo_kernels as gk
 from .config import Config
 from .optimizers import make_optimizer, modulation_linears
 from .policy import Conditions, FluxPolicy
-from .rollout import Branches
+from .rollout import Step, Steps
 from .weights import FullWeights, TrainedWeights
 
 
@@ -38,7 +38,6 @@ class Improvement:
 class Improver:
     """Owns the optimizer.
 
-    positions, sigmas, coefficients: the SDE positions, ascending, and a row of coefficients each.
     on_evaluations(rows): progress.
     """
 
@@ -47,13 +46,9 @@ class Improver:
         config: Config,
         policy: FluxPolicy,
         weights: TrainedWeights,
-        positions: Sequence[int],  # K
-        sigmas: Tensor,  # float32 [T + 1]
-        coefficients: gk.StepCoefficients,  # table [K, 5]
         on_evaluations: Callable[[int], None],
     ) -> None:
         self.policy, self.weights, self.objective = policy, weights, config.objective
-        self.positions, self.sigmas, self.coefficients = positions, sigmas, coefficients
         self.on_evaluations = on_evaluations
         self.parameters = list(weights.parameters.values())
         self.max_grad_norm = config.optimizer.max_grad_norm
@@ -68,9 +63,9 @@ class Improver:
 
     def improve(
         self,
-        chunks: Sequence[tuple[slice, Branches]],  # rows of the prompts, and their branches
-        conditions: Conditions,  # B rows
-        advantages: Tensor,  # [B, K, G]
+        chunks: Sequence[tuple[slice, Steps]],  # rows of a forward, and their K steps
+        conditions: Conditions,  # a row each
+        advantages: Tensor,  # [rows, K, G]
     ) -> Improvement:
         per_position = self.objective.stepping == "per_position"
         losses: list[gk.PolicyLoss] = []
@@ -79,15 +74,15 @@ class Improver:
         self.broken_parameters = {}
         references = self._reference_velocities(chunks, conditions)
         self.optimizer.zero_grad(set_to_none=True)
-        for index in range(len(self.positions)):
-            for (rows, branches), reference in zip(chunks, references[index], strict=True):
-                out = self._loss(
-                    index, branches, conditions[rows], advantages[rows, index], reference
-                )
+        positions = advantages.shape[1]
+        for index in range(positions):
+            for (rows, steps), reference in zip(chunks, references[index], strict=True):
+                step = steps.step(index)
+                out = self._loss(step, conditions[rows], advantages[rows, index], reference)
                 # From the mean over this chunk's rows to its share of the mean over all rows and,
                 # when positions are accumulated, over positions.
-                share = branches.latents.shape[1] / len(conditions)
-                (out.loss * (share if per_position else share / len(self.positions))).backward()
+                share = len(step.latents) / len(conditions)
+                (out.loss * (share if per_position else share / positions)).backward()
                 losses.append(out._replace(loss=out.loss.detach()))
                 rows_of.append(rows)
             if per_position:
@@ -105,48 +100,43 @@ class Improver:
         )
 
     def _reference_velocities(
-        self, chunks: Sequence[tuple[slice, Branches]], conditions: Conditions
+        self, chunks: Sequence[tuple[slice, Steps]], conditions: Conditions
     ) -> list[list[Tensor | None]]:  # [K][chunk], each [rows, *S]
         """Of the starting policy, which is swapped in once for all of them."""
+        positions = range(len(chunks[0][1]))
         if not self.objective.kl:
-            return [[None] * len(chunks) for _ in self.positions]
+            return [[None] * len(chunks) for _ in positions]
+        found: list[list[Tensor | None]] = [[] for _ in positions]
         with self.weights.starting_policy():
-            return [
-                [
-                    self.policy.predict(*self._at(index, branches), conditions[rows])
-                    for rows, branches in chunks
-                ]
-                for index in range(len(self.positions))
-            ]
-
-    def _at(self, index: int, branches: Branches) -> tuple[Tensor, Tensor]:
-        """x_k and its sigma, a row a prompt."""
-        latents = branches.latents[index]
-        self.on_evaluations(len(latents))
-        return latents, self.sigmas[self.positions[index]].expand(len(latents))
+            for index in positions:
+                for rows, steps in chunks:
+                    step = steps.step(index)
+                    self.on_evaluations(len(step.latents))
+                    found[index].append(
+                        self.policy.predict(step.latents, step.sigmas, conditions[rows])
+                    )
+        return found
 
     def _loss(
         self,
-        index: int,
-        branches: Branches,
+        step: Step,
         conditions: Conditions,
         advantages: Tensor,  # [rows, G]
         reference: Tensor | None,  # [rows, *S]
     ) -> gk.PolicyLoss:
-        latents, sigma = self._at(index, branches)
+        self.on_evaluations(len(step.latents))
         return gk.policy_loss(
-            self.policy.velocity(latents, sigma, conditions),
-            latents,
-            branches.x_next[:, :, index],
-            branches.old_log_prob[index],
+            self.policy.velocity(step.latents, step.sigmas, conditions),
+            step.latents,
+            step.x_next,
+            step.old_log_prob,
             advantages,
-            gk.StepCoefficients(
-                self.coefficients.table[index : index + 1], self.coefficients.dynamics
-            ),
+            step.coefficients,
             clip_range=self.objective.clip_range,
             advantage_clip=self.objective.advantage_clip,
             reference_velocity=reference,
             kl_weight=self.objective.kl,
+            old_velocity=step.old_velocity,
         )
 
     def _step(self) -> float:

@@ -47,7 +47,7 @@ class RotaryTable(nn.Module):
         self.last: tuple[Tensor, object] | None = None
 
     def forward(self, ids: Tensor) -> object:
-        if ids.device.type != "cpu":
+        if ids.device.type != "cpu" or torch.compiler.is_compiling():
             return self.embedding(ids)
         if self.last is None or not torch.equal(self.last[0], ids):
             with torch.inference_mode(False), torch.no_grad():
@@ -113,7 +113,9 @@ class Model(Protocol):
     """What a folder of weights gives the trainer: a policy, and the way to it and from it.
 
     To train another flow model, give the trainer an object with these six. One that also has
-    `state_dict()` and `load_state_dict(state)` finds its own state in every checkpoint.
+    `state_dict()` and `load_state_dict(state)` finds its own state in every checkpoint; what
+    `image_metrics(images, prompts) -> {name: number}` says of an evaluation's images stands in its
+    metrics.
     """
 
     policy: FluxPolicy

@@ -1,4 +1,4 @@
-"""The rollout of an update: anchors, and the branches that leave them.
+"""Anchors, and the branches that leave them: the rollout of G2RPO.
 
 `run_ode` takes one noise a prompt deterministically down the schedule: the anchor. At each SDE
 position k of it, one stochastic step from (x_k, v_k) fans out into G branches: singular stochastic
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,13 +34,54 @@ def run_ode(
 
 
 @dataclass(frozen=True)
+class Step:
+    """One stochastic step of M rows, G branches each, as a policy loss sees it again."""
+
+    latents: Tensor  # [M, *S]
+    sigmas: Tensor  # float32 [M]
+    x_next: Tensor  # [M, G, *S]
+    old_log_prob: Tensor  # [M, G]
+    coefficients: gk.StepCoefficients  # table [M, 5] or [1, 5]
+    old_velocity: Tensor | None  # [M, *S], where it was kept
+
+
+class Steps(Protocol):
+    """The stochastic steps of the rows of one forward: what the update needs of a rollout."""
+
+    old_log_prob: Tensor  # [K, M, G]
+
+    def __len__(self) -> int:
+        """K."""
+
+    def step(self, index: int) -> Step:
+        """One of the K."""
+
+
+@dataclass(frozen=True)
 class Branches:
-    """Everything the update needs of the B prompts of one forward, and what is to be completed."""
+    """`Steps` of the B prompts of one forward, and what is to be completed."""
 
     latents: Tensor  # [K, B, *S] the anchors' x_k
     x_next: Tensor  # [B, G, K, *S] the branches
     old_log_prob: Tensor  # [K, B, G]
     anchors: Tensor  # [B, *S] the anchors past their last SDE position
+    sigmas: Tensor  # float32 [K]
+    coefficients: gk.StepCoefficients  # table [K, 5]
+    velocity: Tensor | None = None  # [K, B, *S], where it was kept
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def step(self, index: int) -> Step:
+        table = self.coefficients.table[index : index + 1]
+        return Step(
+            self.latents[index],
+            self.sigmas[index].expand(self.latents.shape[1]),
+            self.x_next[:, :, index],
+            self.old_log_prob[index],
+            gk.StepCoefficients(table, self.coefficients.dynamics),
+            None if self.velocity is None else self.velocity[index],
+        )
 
 
 def branch_out(
@@ -51,10 +93,12 @@ def branch_out(
     coefficients: gk.StepCoefficients,  # table [K, 5]
     seeds: Tensor,  # int64 [K, B, G]
     on_rows: Callable[[int], None] = lambda rows: None,
+    keep_velocity: bool = False,
 ) -> Branches:
     """One anchor a prompt, up to its last SDE position, and G branches at each of them.
 
-    on_rows: called with the number of rows after each forward.
+    on_rows: called with the number of rows after each forward. keep_velocity: for GRPO-Guard's
+    ratio.
     """
     kept: dict[int, tuple[Tensor, Tensor]] = {}
     until = sigmas[: max(positions) + 2]
@@ -76,13 +120,7 @@ def branch_out(
         x_next=x_next.unflatten(0, count).permute(1, 2, 0, *range(3, x_next.ndim + 1)).contiguous(),
         old_log_prob=log_prob.unflatten(0, count),
         anchors=anchors,
+        sigmas=sigmas[list(positions)],
+        coefficients=coefficients,
+        velocity=velocity.unflatten(0, count) if keep_velocity else None,
     )
-
-
-def broken_prompts(chunks: Sequence[tuple[slice, Branches]], finished: Tensor) -> list[int]:
-    """Rows (prompts) any of whose branches or images-to-be is not finite."""
-    log_probs = torch.cat([branches.old_log_prob for _, branches in chunks], dim=1)  # [K, B, G]
-    prompts = log_probs.shape[1]
-    sound = log_probs.isfinite().all(2).all(0)
-    sound &= finished.isfinite().flatten(2).all(2).all(0).view(prompts, -1).all(1)
-    return (~sound).nonzero().flatten().tolist()

@@ -61,17 +61,18 @@ def score_finite(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tens
 def score_rollout(
     model: Model,
     finished: Tensor,  # [J, B * G, K, *S]
-    anchors: Tensor,  # [B, *S]
+    anchors: Tensor | None,  # [B, *S]
     prompts: Sequence[str],  # B
     rewards: Sequence[Reward],  # R
     batch_size: int,
 ) -> tuple[Tensor, dict[str, float]]:  # [R, J, B * G, K], metrics keys
-    """Rewards of all finished branches, and of the anchors' own images beside them. Of the former
-    also how many have none, and what a reward that cannot read all of a prompt has counted."""
+    """Rewards of all images-to-be, and of the anchors' own images beside them. Of the former also
+    how many have none, and what a reward that cannot read all of a prompt has counted."""
     row: dict[str, float] = {}
-    scores = score_latents(model, anchors, prompts, rewards, batch_size)
-    for reward, values in zip(rewards, scores, strict=True):
-        row[f"anchor/{reward.name}/mean"], _ = mean_and_std(values)
+    if anchors is not None:
+        scores = score_latents(model, anchors, prompts, rewards, batch_size)
+        for reward, values in zip(rewards, scores, strict=True):
+            row[f"anchor/{reward.name}/mean"], _ = mean_and_std(values)
     shape = finished.shape[:3]
     per_prompt = shape[1] * shape[2] // len(prompts)
     captions = [p for p in prompts for _ in range(per_prompt)] * shape[0]

@@ -51,6 +51,24 @@ def anchor_seeds(run_seed: int, update: int, prompt_ids: Sequence[int]) -> Tenso
     return hash_seed(run_seed, update, prompts, _NO_POSITION, 0)
 
 
+def trajectory_seeds(
+    run_seed: int, update: int, prompt_ids: Sequence[int], group_size: int, common: bool
+) -> Tensor:  # int64 [P, group_size]
+    """Seeds of the initial noises of a prompt's runs: one for all of them, or one each."""
+    prompts = np.asarray(prompt_ids, dtype=np.int64)[:, None]
+    runs = np.zeros(group_size, dtype=np.int64) if common else np.arange(group_size)
+    return hash_seed(run_seed, update, prompts, _NO_POSITION, runs)
+
+
+def shuffled_steps(
+    seeds: Tensor,  # int64 [K, M] of the K steps of M runs
+    count: int,
+) -> Tensor:  # int64 [count, M], values in [0, K)
+    """For each run, `count` of its steps in an order of its own, from the steps' seeds."""
+    keys = splitmix64(seeds.numpy().view(np.uint64))  # not the noise's own words
+    return torch.from_numpy(np.argsort(keys, axis=0, kind="stable")[:count].copy())
+
+
 def evaluation_seeds(samples: int) -> Tensor:
     """Seeds of the evaluation noises, the same in every run: int64 [samples]."""
     return hash_seed(0, _EVALUATION, 0, _NO_POSITION, np.arange(samples))

@@ -9,7 +9,8 @@ One update, in order (arXiv 2510.01982):
     update       one forward with gradients at each x_k, clipped policy loss over its G branches
 
 The anchor's velocities come from the same forward on the same rows in the same batch as those of
-the update, so under `stepping: accumulate` the importance ratio is exactly 1.
+the update, so under `stepping: accumulate` the importance ratio is exactly 1. `sampling` has this
+way to draw and that of the other methods, whose runs are stochastic at many steps.
 """
 
 from __future__ import annotations
@@ -26,10 +27,8 @@ from torch import Tensor
 
 import g2rpo_kernels as gk
 
-from .completions import complete, plan_completions
 from .config import Config
 from .data import PromptSampler
-from .engine import CompletionEngine
 from .errors import ConfigurationError
 from .improve import Improver
 from .memory import peak_memory_bytes, refuse, within_memory
@@ -37,23 +36,22 @@ from .objective import Advantages, integrate_advantages, summarise_losses
 from .phases import Phases
 from .policy import Conditions, Model
 from .rewards import Reward
-from .rollout import Branches, branch_out, broken_prompts
-from .schedule import evaluations_per_prompt, noise_schedule
+from .rollout import Steps
+from .sampling import Rollout, make_sampling
+from .schedule import noise_schedule
 from .scoring import (
     evaluation_row,
-    row_slices,
     sample_policy,
     score_images,
     score_rollout,
 )
-from .seeds import anchor_seeds, branch_seeds
 from .weights import MovingAverage, assign, make_weights
 
 # Attributes of the trainer that a checkpoint keeps as they are.
 STATE = (
     "updates", "evaluations", "skipped_updates", "skipped_in_a_row", "seconds", "row",
-    "branch_batch", "anchor_batch",
 )  # fmt: skip
+BATCHES = {"branch_batch": "branch_batch", "anchor_batch": "update_batch"}  # and of its sampling
 
 
 class Interrupted(Exception):
@@ -85,21 +83,10 @@ class Trainer:
         self.on_phase, self.on_evaluations, self.on_message = on_phase, on_evaluations, on_message
         self.should_stop = should_stop
         rollout, train, device = config.rollout, config.train, self.policy.device
-        self.schedule = noise_schedule(rollout.steps, rollout.shift)  # float64, on the host
-        self.sigmas = self.schedule.float().to(device)
-        self.positions = sorted(rollout.sde_positions)
-        self.coefficients = gk.step_coefficients(  # a row a position
-            self.schedule[self.positions], self.schedule[[k + 1 for k in self.positions]],
-            rollout.eta, rollout.dynamics, sigma_max=float(self.schedule[1]),
-        ).to(device)  # fmt: skip
+        self.sigmas = noise_schedule(rollout.steps, rollout.shift).float().to(device)
         self.sampler = PromptSampler(model.prompts, train.prompts_per_update, train.seed)
         asked = model.evaluation_prompts
         self.evaluation_prompts = [asked[i % len(asked)] for i in range(train.evaluation_samples)]
-        # Rows of a completions' forward, and of the anchor's and so of the update's: both shrink
-        # when memory runs out.
-        self.branch_batch = rollout.branch_batch
-        self.anchor_batch = min(rollout.branch_batch, train.prompts_per_update)
-        self._plan_completions()
         if config.model.fuse:
             gk.fuse_flux(self.policy.transformer)
         if config.model.gradient_checkpointing:
@@ -107,32 +94,27 @@ class Trainer:
         self.weights = make_weights(
             self.policy.transformer, config.model.lora, train.seed, bool(config.objective.kl)
         )
-        self.engine = CompletionEngine(
-            config, self.policy, self.sigmas, lambda text: self.on_message(text)
+        self.phases = Phases(device, lambda name: self.on_phase(name))
+        self.sampling = make_sampling(
+            config, model, self.sigmas, self.phases, lambda text: self.on_message(text)
         )
         self.average = None
         if train.ema is not None:
             self.average = MovingAverage(self.weights.parameters, train.ema)
         self.improver = Improver(
-            config, self.policy, self.weights, self.positions, self.sigmas, self.coefficients,
-            lambda rows: self.on_evaluations(rows),
-        )  # fmt: skip
-        # Transformer evaluations of one update, forwards with gradients included, and those of the
-        # starting policy.
-        forwards = len(self.positions) * (2 if config.objective.kl else 1)
-        self.evaluations_per_update = train.prompts_per_update * (
-            forwards
-            + evaluations_per_prompt(
-                rollout.steps, self.positions, rollout.granularities, rollout.group_size
-            )
+            config, self.policy, self.weights, lambda rows: self.on_evaluations(rows)
         )
         self.updates = self.evaluations = self.skipped_updates = self.skipped_in_a_row = 0
         self.seconds = 0.0
         self.row: dict[str, Any] = {}  # metrics of the newest update
         self._counting = False
-        self.phases = Phases(device, lambda name: self.on_phase(name))
         for reward in self.rewards:
             reward.rest()
+
+    @property
+    def evaluations_per_update(self) -> int:
+        """Transformer evaluations of the next update, forwards with gradients included."""
+        return self.sampling.evaluations(self.updates + 1)
 
     @property
     def midway(self) -> bool:
@@ -166,6 +148,7 @@ class Trainer:
             "prompts": self.sampler.prompts,
             "evaluation_prompts": self.evaluation_prompts,
             **{name: getattr(self, name) for name in STATE},
+            **{key: getattr(self.sampling, name) for key, name in BATCHES.items()},
         }
         if hasattr(self.model, "state_dict"):
             state["model"] = self.model.state_dict()
@@ -200,9 +183,10 @@ class Trainer:
         self.improver.optimizer.load_state_dict(state["optimizer"])
         for name in STATE:
             setattr(self, name, state[name])
+        for key, name in BATCHES.items():
+            setattr(self.sampling, name, state[key])
         if hasattr(self.model, "load_state_dict"):
             self.model.load_state_dict(state["model"])
-        self._plan_completions()
 
     # The parts of an update ---------------------------------------------------------------------
 
@@ -213,26 +197,28 @@ class Trainer:
         prompts = [self.sampler.prompts[i] for i in prompt_ids]
         with self.phases("prompts"):
             conditions = self.model.embed(prompts)
-        chunks, finished, anchors = self.roll_out(number, prompt_ids, conditions)
-        broken = broken_prompts(chunks, finished)
+        evaluations = self.evaluations_per_update
+        rollout = self.roll_out(number, prompt_ids, conditions)
+        broken = rollout.broken_prompts(len(prompts))
         row: dict[str, Any] = {"lr": self.config.optimizer.lr}
         if len(broken) == len(prompts):  # nothing to score: the policy itself has gone wrong
             row |= {"loss": math.nan, "grad_norm": math.nan}
             self._skip(number, [prompts[i] for i in broken], "the rollout")
         else:
-            scored = self._score(prompts, finished, anchors)
-            del finished, anchors  # gigabytes, which the update has no room for
-            row |= self._learn(number, prompts, conditions, chunks, *scored)
+            advantages, scores = self._score(prompts, rollout)
+            chunks, conditions = rollout.chunks, rollout.conditions
+            del rollout  # gigabytes of images-to-be, which the update has no room for
+            row |= self._learn(number, prompts, conditions, chunks, advantages) | scores
         self._counting = True
         seconds = time.perf_counter() - started
         self.updates = number
-        self.evaluations += self.evaluations_per_update
+        self.evaluations += evaluations
         self.seconds += seconds
         self.row = {
             "update": number,
             "seconds": self.seconds,
             "evaluations": self.evaluations,
-            "evaluations_per_second": self.evaluations_per_update / seconds,
+            "evaluations_per_second": evaluations / seconds,
             **row,
             "skipped_updates": self.skipped_updates,
             **{f"seconds/{name}": seconds for name, seconds in self.phases.seconds.items()},
@@ -244,60 +230,36 @@ class Trainer:
     @torch.no_grad()
     def roll_out(
         self, number: int, prompt_ids: Sequence[int], conditions: Conditions
-    ) -> tuple[list[tuple[slice, Branches]], Tensor, Tensor]:
-        """Anchors and branches of update `number`, then the completions of both.
-
-        Returns the branches by chunk of prompts, [J, B * G, K, *S] and [B, *S].
-        """
-        seed, device = self.config.train.seed, self.policy.device
+    ) -> Rollout:
+        """The draws of update `number`."""
         self._offload()
-        chunks = []
-        for rows in row_slices(len(prompt_ids), self.anchor_batch):
-            with self.phases("anchor"):
-                ids = prompt_ids[rows]
-                noise = gk.normal(
-                    anchor_seeds(seed, number, ids).to(device), self.model.latent_shape
-                )
-                seeds = branch_seeds(
-                    seed, number, ids, self.positions, self.config.rollout.group_size
-                ).to(device)
-                branches = branch_out(
-                    self.policy, noise, conditions[rows], self.sigmas,
-                    self.positions, self.coefficients, seeds, self._progress,
-                )  # fmt: skip
-                chunks.append((rows, branches))
-        with self.phases("completions"), self.engine.of(conditions) as predict:
-            x_next = torch.cat([branches.x_next for _, branches in chunks])
-            anchors = torch.cat([branches.anchors for _, branches in chunks])
-            finished, anchors = complete(predict, self.plan, x_next, anchors, self._progress)
-        return chunks, finished, anchors
+        return self.sampling.roll_out(number, prompt_ids, conditions, self._progress)
 
     def _score(
-        self,
-        prompts: Sequence[str],
-        finished: Tensor,  # [J, B * G, K, *S]
-        anchors: Tensor,  # [B, *S]
+        self, prompts: Sequence[str], rollout: Rollout
     ) -> tuple[Advantages, dict[str, float]]:
         """Decode, score, form advantages. Returns them and metrics keys."""
         with self.phases("rewards"), torch.no_grad(), self.scoring():
             rewards, row = score_rollout(
-                self.model, finished, anchors, prompts, self.trained, self.branch_batch
-            )
+                self.model, rollout.finished, rollout.anchors, prompts, self.trained,
+                self.sampling.branch_batch,
+            )  # fmt: skip
             weights = [r.weight for r in self.trained]
-            return integrate_advantages(rewards, self.config.rollout.group_size, weights), row
+            group, std = self.config.rollout.group_size, self.config.objective.advantage_std
+            return integrate_advantages(rewards, group, weights, std), row
 
     def _learn(
         self,
         number: int,
         prompts: Sequence[str],
         conditions: Conditions,
-        chunks: Sequence[tuple[slice, Branches]],
+        chunks: Sequence[tuple[slice, Steps]],
         advantages: Advantages,
-        reward_row: dict[str, float],
     ) -> dict[str, Any]:
         """Improve the policy. Returns metrics keys."""
         with self.phases("update"):
-            result = self.improver.improve(chunks, conditions, advantages.values)
+            values = self.sampling.advantages(advantages.values, len(chunks[0][1]))
+            result = self.improver.improve(chunks, conditions, values)
             if result.moved:
                 self.skipped_in_a_row = 0
                 if self.average is not None:
@@ -305,7 +267,9 @@ class Trainer:
             elif result.finite:
                 self.skipped_updates += 1  # no group had spread: nothing to learn, nothing wrong
         if not result.finite:
-            named = [prompts[i] for i in result.broken or range(len(prompts))]
+            each = len(conditions) // len(prompts)  # rows of a prompt
+            rows = dict.fromkeys(i // each for i in result.broken)
+            named = [prompts[i] for i in rows or range(len(prompts))]
             of = _of(result.broken_parameters)
             if result.moved:  # some positions of per_position have stepped
                 text = _not_finite(named, f"a gradient{of}")
@@ -319,7 +283,6 @@ class Trainer:
             "reward_groups": advantages.groups,
             "zero_spread_groups": advantages.zero_spread_groups,
             "failed_groups": advantages.failed_groups,
-            **reward_row,
         }
 
     def _skip(self, number: int, prompts: Sequence[str], what: str) -> None:
@@ -333,9 +296,13 @@ class Trainer:
         prompts = self.evaluation_prompts
         average = self.average.applied() if self.average is not None else nullcontext()
         with self.phases("evaluation"), average, self.scoring():
-            images = sample_policy(self.model, prompts, self.sigmas, self.branch_batch)
-            scores = score_images(images, prompts, self.rewards, self.branch_batch)
+            batch = self.sampling.branch_batch
+            images = sample_policy(self.model, prompts, self.sigmas, batch)
+            scores = score_images(images, prompts, self.rewards, batch)
             row = evaluation_row(images, prompts, self.rewards, scores, start)
+            if hasattr(self.model, "image_metrics"):
+                measured = self.model.image_metrics(images, prompts)
+                row |= {f"images/{name}/mean": value for name, value in measured.items()}
         return {**row, "seconds/evaluation": self.phases.seconds["evaluation"]}, images, scores
 
     @contextmanager
@@ -356,23 +323,15 @@ class Trainer:
 
     # Memory and time ----------------------------------------------------------------------------
 
-    def _plan_completions(self) -> None:
-        rollout, train = self.config.rollout, self.config.train
-        self.plan = plan_completions(
-            self.schedule, self.positions, rollout.granularities, train.prompts_per_update,
-            rollout.group_size, self.branch_batch, self.policy.device,
-        )  # fmt: skip
-
     def _make_room(self, reason: str) -> None:
         """Halve the batch of the phase that ran out of memory. Raises TrainingError at one row."""
         self.improver.optimizer.zero_grad(set_to_none=True)
-        phase = self.phases.name
-        which = "anchor_batch" if phase in ("anchor", "update") else "branch_batch"
-        rows = getattr(self, which)
+        phase, sampling = self.phases.name, self.sampling
+        which = "update_batch" if phase in sampling.update_phases else "branch_batch"
+        rows = getattr(sampling, which)
         if self.midway or rows == 1:
             refuse(phase, reason)
-        setattr(self, which, rows // 2)
-        self._plan_completions()
+        setattr(sampling, which, rows // 2)
         self.on_message(
             f"Out of memory in the phase {phase!r}: from here on {rows // 2} rows a forward in it, "
             f"not {rows} ({reason})"

@@ -160,7 +160,7 @@ def test_out_of_memory_halves_the_batch_and_says_so():
     messages: list[str] = []
     trainer = limited(trainer_of(TinyModel(), messages, branch_batch=16), rows=5)
     row = trainer.update()
-    assert trainer.branch_batch == 4 and trainer.anchor_batch == 2
+    assert trainer.sampling.branch_batch == 4 and trainer.sampling.update_batch == 2
     assert messages[0].startswith(
         "Out of memory in the phase 'completions': from here on 8 rows a forward in it, not 16 "
         "(CUDA out of memory"
@@ -174,7 +174,7 @@ def test_out_of_memory_halves_the_batch_and_says_so():
 
     again = trainer_of(TinyModel(), messages, branch_batch=16)
     again.load_state_dict(trainer.state_dict(), trainer.weights.parameters)
-    assert again.branch_batch == 4 and len(again.plan.batches[0].slots) == 4
+    assert again.sampling.branch_batch == 4
 
 
 def test_out_of_memory_in_the_update_halves_the_anchors_batch():
@@ -182,7 +182,7 @@ def test_out_of_memory_in_the_update_halves_the_anchors_batch():
     trainer = trainer_of(TinyModel(), messages, prompts_per_update=4)
     limited(trainer, rows=2, with_gradients=True)
     row = trainer.update()
-    assert trainer.anchor_batch == 2 and trainer.branch_batch == 8
+    assert trainer.sampling.update_batch == 2 and trainer.sampling.branch_batch == 8
     assert row["ratio_max"] == 1.0  # the anchor was run anew in the same batches as the update
     assert len(messages) == 1 and "'update': from here on 2 rows a forward" in messages[0]
 

@@ -189,7 +189,7 @@ def test_engines_of_the_trainer(graph_mode):
     rows = {}
     for engine in ("eager", "compile", "graph"):
         trainer = trainer_with("eager" if engine == "graph" else engine)
-        trainer.engine._rollout.mode = engine
+        trainer.sampling.engine._rollout.mode = engine
         found = [trainer.update() for _ in range(2)]
         assert all(row["ratio_max"] == 1.0 for row in found)
         rows[engine] = [row["rollout/brightness/mean"] for row in found]

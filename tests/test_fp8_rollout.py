@@ -177,7 +177,7 @@ def test_ratio_is_exactly_one_and_fp8_is_used():
 
 def test_copies_are_of_the_weights_of_now_and_gone_when_completions_end():
     trainer = make()
-    fp8, seen = trainer.engine.precision, []
+    fp8, seen = trainer.sampling.engine.precision, []
     attention = trainer.policy.transformer.transformer_blocks[0].attn
 
     def look(self):
@@ -191,8 +191,8 @@ def test_copies_are_of_the_weights_of_now_and_gone_when_completions_end():
     class Looking(type(fp8)):
         __enter__ = look
 
-    trainer.engine.precision = copy.copy(fp8)
-    trainer.engine.precision.__class__ = Looking
+    trainer.sampling.engine.precision = copy.copy(fp8)
+    trainer.sampling.engine.precision.__class__ = Looking
     assert fp8.nbytes == 0
     trainer.update()
     state, weights = copy.deepcopy(trainer.state_dict()), {

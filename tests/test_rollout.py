@@ -238,6 +238,6 @@ def test_evaluations_of_a_whole_update(granularities, published):
 
     trainer.policy.transformer.register_forward_pre_hook(hook, with_kwargs=True)
     row = trainer.update()
-    assert rows[False] - trainer.plan.padding == published
+    assert rows[False] - trainer.sampling.plan(trainer.sampling.positions(1)).padding == published
     assert rows[True] == len(POSITIONS)
     assert row["evaluations"] == published + len(POSITIONS)

@@ -120,14 +120,15 @@ def test_gradient_is_that_of_the_plain_objective():
     trainer.update()
     ((_, chunk),), conditions, advantages = kept[0]
     loss = 0.0
-    for index, k in enumerate(trainer.positions):
+    positions = trainer.sampling.positions(1)
+    for index, k in enumerate(positions):
         sigma = trainer.sigmas[k].expand(2)
         v = trainer.policy.velocity(chunk.latents[index], sigma, conditions)
-        a, b, s, _, _ = trainer.coefficients.table[index]
+        a, b, s, _, _ = trainer.sampling.coefficients(positions).table[index]
         mean = (a * chunk.latents[index] + b * v).unsqueeze(1)
         square = ((chunk.x_next[:, :, index] - mean) / s).square().flatten(2).mean(2)
         clipped = advantages[:, index].clamp(-5, 5)
-        loss = loss - (clipped * -0.5 * square).mean() / len(trainer.positions)
+        loss = loss - (clipped * -0.5 * square).mean() / len(positions)
     loss.backward()
     expected = {n: p.grad for n, p in trainer.policy.transformer.named_parameters()}
     scale = max(g.abs().max() for g in expected.values())
@@ -159,7 +160,7 @@ def test_evaluations_are_counted(losses):
     told = []
     trainer.on_evaluations = told.append
     row = trainer.update()
-    assert row["evaluations"] == rows - trainer.plan.padding == sum(told)
+    assert row["evaluations"] == rows - trainer.sampling.plan([0, 1, 2]).padding == sum(told)
     assert row["evaluations"] == trainer.evaluations_per_update
 
 

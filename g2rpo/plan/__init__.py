@@ -205,6 +205,11 @@ def main(arguments: Sequence[str]) -> int:
     card = find_card(options["--gpu"])
     price = _price(options["--price"])
     config.validate(training=False)
+    if config.rollout.sampling != "singular":
+        raise ConfigurationError(
+            f"rollout.sampling is {config.rollout.sampling!r}; expected 'singular', the one way to "
+            "draw whose memory and time are counted here"
+        )
     plan = make_plan(config, card, name, unchanged=len(rest) == 1 and name in preset_names())
     if options["--json"]:
         print(json.dumps(as_json(plan, price), indent=1))

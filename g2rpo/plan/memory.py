@@ -151,6 +151,9 @@ def plan_memory(config: Config, sizes: Sizes, multiprocessors: int = 132) -> Mem
         Row("gradient factors", dict.fromkeys(UPDATE, made.factors)),
         # Made anew from the weights of each update; see `CompletionEngine`.
         Row("FP8 weights", {"completions": sizes.fp8_bytes if fp8 else 0}),
+        Row("bfloat16 copy", dict.fromkeys(
+            after_load, 2 * sizes.parameters if rollout.precision == "bfloat16" else 0
+        )),
         Row("branches, latents", kept),
         Row("prompts, modulations", {
             p: _conditions(config, sizes) + (table if p == "completions" else 0)

@@ -167,6 +167,8 @@ def _rates(config: Config, sizes: Sizes, card: Card, results: Path) -> dict[str,
     if dtype_of(config).itemsize == 4:
         rate = Rate(FLOAT32_SHARE * card.fp32, f"assumed: {FLOAT32_SHARE:.0%} of float32's peak")
         completing = _share(card.fp8, "fp8") if fp8 else rate
+        if config.rollout.precision == "bfloat16":
+            completing = _share(card.bf16, "fused" if fused else "eager")
         return {"anchor": rate, "completions": completing, "decode": rate}
     anchor = _share(card.bf16, "fused" if fused else "eager")
     completing = _share(card.fp8, "fp8") if fp8 else anchor
