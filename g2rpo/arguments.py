@@ -49,6 +49,20 @@ USAGE = {
         "GPU-hour: what it costs. No GPU is needed, and no weights. Exit code 0 if it fits, 1 if "
         "not.",
     ),
+    "compare": (
+        "g2rpo compare METHOD ... [--seeds N] [--budget EVALUATIONS] [--sweep KEY=VALUE,...] "
+        "[--jobs N] [--points N] [--reward NAME] [--output DIR] [--group.key value ...]",
+        "Train each method from seeds 0 to N - 1 (default 2) with an equal budget of transformer "
+        "evaluations (default 60,000; the whole number of updates that comes nearest), and compare "
+        "rewards, judges and variety, also where the trained reward is equal. METHOD is a preset "
+        "or a YAML file, or one with keys, as 'g2rpo-digits rollout.eta=0.5'; --group.key value is "
+        "of all methods. --sweep gives each method the value of a key with the highest trained "
+        "reward, by runs of seeds of their own. --jobs: runs at a time, by default one a core. "
+        "--points: evaluations of the policy along a run, by default 10. --reward: by which one "
+        "runs are compared at equal level, by default the first that is not held out. --output: by "
+        "default runs/comparison; the same command goes on with what is there, as do more seeds, "
+        "further methods and a larger budget.",
+    ),
     "evaluate": (
         "g2rpo evaluate RUN_DIR [--checkpoint NAME] [--ema] [--samples N] [--output DIR] "
         "[--overwrite] [--group.key value ...]\n"
@@ -146,7 +160,7 @@ def restricted_config(
     """
     before = parse_config(parser, base)
     after = parse_config(parser, [*base, *overrides])
-    for key, (old, new) in _differences(before, after).items():
+    for key, (old, new) in differences(before, after).items():
         if key not in allowed:
             raise ConfigurationError(
                 f"{key} is {new!r}, but {told} {old!r}; expected only these to change: "
@@ -155,12 +169,13 @@ def restricted_config(
     return before, after
 
 
-def _differences(a: object, b: object, prefix: str = "") -> dict[str, tuple[object, object]]:
+def differences(a: object, b: object, prefix: str = "") -> dict[str, tuple[object, object]]:
+    """Keys in which two configurations differ, with both values."""
     found: dict[str, tuple[object, object]] = {}
     for f in fields(a):  # type: ignore[arg-type]
         x, y = getattr(a, f.name), getattr(b, f.name)
         if is_dataclass(x):
-            found |= _differences(x, y, f"{prefix}{f.name}.")
+            found |= differences(x, y, f"{prefix}{f.name}.")
         elif x != y:
             found[prefix + f.name] = x, y
     return found

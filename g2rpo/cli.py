@@ -1,4 +1,4 @@
-"""The command line: `g2rpo train`, `embed`, `plan`, `sample`, `evaluate`, `doctor`."""
+"""The command line: `g2rpo train`, `embed`, `plan`, `sample`, `evaluate`, `compare`, `doctor`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ commands:
   plan PRESET|FILE.yaml --gpu NAME|SIZE ...        whether a run fits, and how long it takes
   sample RUN_DIR|MODEL --prompt TEXT ...           draw images with a checkpoint, a LoRA or neither
   evaluate RUN_DIR|IMAGES_DIR ...                  every reward, before and after training
+  compare METHOD ... --seeds N --budget N          methods at an equal budget, over several seeds
   doctor                                           what this machine has, and what is missing
   doctor --fp8 [PRESET|FILE.yaml ...]              what FP8 completions would change
 
@@ -123,6 +124,12 @@ def evaluate(arguments: list[str]) -> int:
     return command.main(arguments)
 
 
+def compare(arguments: list[str]) -> int:
+    from .compare import command
+
+    return command.main(arguments)
+
+
 def doctor(arguments: list[str]) -> int:
     if "--fp8" in arguments:
         from . import fp8_gate
@@ -135,7 +142,7 @@ def doctor(arguments: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train, "embed": embed, "plan": plan, "sample": sample,
-    "evaluate": evaluate, "doctor": doctor,
+    "evaluate": evaluate, "compare": compare, "doctor": doctor,
 }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def write_grid(
         groups.setdefault(prompt, []).append(tile)
     columns = min(columns or len(tiles), max(map(len, groups.values())))
     width, height = tiles[0].size
-    font = _font(max(14, height // 9))
+    font = label_font(max(14, height // 9))
     line = round(font.size * 1.25)
     gap = max(2, width // 24)
 
@@ -106,7 +106,7 @@ def write_before_after(
             f"{samples_dir}: the grids of updates {first_update} and {last_update} differ in layout"
             f" ({before.size} and {after.size} pixels), expected the same prompts and image size"
         )
-    left, font = layouts[0]["label_width"], _font(layouts[0]["font_size"], bold=True)
+    left, font = layouts[0]["label_width"], label_font(layouts[0]["font_size"], bold=True)
     titles = [
         "before training" if update == 0 else f"after {count(update, 'update')}"
         for update in (first_update, last_update)
@@ -150,7 +150,7 @@ def _tiles(images: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(each).resize(size, filter_) for each in pixels]
 
 
-def _font(size: float, bold: bool = False) -> ImageFont.FreeTypeFont:
+def label_font(size: float, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans, which matplotlib brings along: Latin, Greek, Cyrillic, Arabic; no Chinese."""
     weight = "bold" if bold else "normal"
     properties = font_manager.FontProperties(family="DejaVu Sans", weight=weight)

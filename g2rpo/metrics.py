@@ -14,7 +14,7 @@ that update alone. A number that is not finite is null. Update 0, the state befo
                          with gradients included, evaluations of the policy not
     evaluations_per_second    transformer evaluations of this update over its seconds
     lr                   learning rate
-    loss                 policy loss, mean over the update's forwards (a position, some prompts)
+    loss                 policy loss, mean over branches and steps of the optimizer
     ratio_mean           importance ratio, mean over branches; 1 on-policy
     ratio_max            importance ratio, the largest
     clip_fraction        share of branches with |ratio - 1| > clip_range, from 0 to 1
@@ -46,6 +46,8 @@ that update alone. A number that is not finite is null. Update 0, the state befo
     heldout/<name>/...             the same of those that only judge, which have no weight
     heldout_fallen                 of those, the ones whose mean is below the interval it started
                                    in, while a trained reward is above its start; see hacking.py
+    images/<name>/mean             what the model says of them by image_metrics: of the digits
+                                   pairwise_distance and coverage
     images/diversity/mean          the same images: a pixel's standard deviation over those of one
                                    prompt, mean over pixels and prompts; no reward sees it
 

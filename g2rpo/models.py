@@ -46,6 +46,12 @@ class DigitsModel:
     def decode(self, latents: Tensor) -> Tensor:
         return digits.unpack(latents)
 
+    def image_metrics(self, images: Tensor, prompts: Sequence[str]) -> dict[str, float]:
+        return {
+            "pairwise_distance": digits.pairwise_distance(images, prompts),
+            "coverage": digits.coverage(images, prompts),
+        }
+
 
 def choose_device(name: str) -> torch.device:
     """model.device -> a device that is there."""

@@ -14,6 +14,7 @@ REWARDS = (
     digits.classifier_probability,
     digits.judge_probability,
     digits.judge_accuracy,
+    digits.forest_probability,
 )
 
 

@@ -204,7 +204,7 @@ def test_help_arguments_and_unknown_commands(capsys: pytest.CaptureFixture) -> N
     assert cli.main(["heal"]) == 2
     assert capsys.readouterr().err == (
         "g2rpo: error: unknown command 'heal'; expected one of train, embed, plan, sample, "
-        "evaluate, doctor\n"
+        "evaluate, compare, doctor\n"
     )
     assert cli.main(["--help"]) == 0 and "doctor" in capsys.readouterr().out
 

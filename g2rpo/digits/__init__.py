@@ -6,7 +6,8 @@ reward classifier is fitted on one half of the scans, the judge on the other.
 
     scans.py    the scans and their two halves; pixels <-> latents; prompts -> embeddings
     model.py    the transformer, its pre-training and the cache that keeps the result
-    rewards.py  classifier (the reward) and judge (only ever reported)
+    rewards.py  classifier (the reward) and judges (only ever reported)
+    variety.py  how different the images of a digit are, and how much of the scans they cover
 
 Importing this package imports torch alone; scikit-learn and diffusers (seconds each) are imported
 by the functions that need them.
@@ -16,21 +17,26 @@ from g2rpo.digits.model import new_transformer, pretrain, pretrained_transformer
 from g2rpo.digits.rewards import (
     classifier_log_prob,
     classifier_probability,
+    forest_probability,
     judge_accuracy,
     judge_probability,
 )
 from g2rpo.digits.scans import PROMPTS, embed_prompts, load_scans, pack, unpack
+from g2rpo.digits.variety import coverage, pairwise_distance
 
 __all__ = [
     "PROMPTS",
     "classifier_log_prob",
     "classifier_probability",
+    "coverage",
     "embed_prompts",
+    "forest_probability",
     "judge_accuracy",
     "judge_probability",
     "load_scans",
     "new_transformer",
     "pack",
+    "pairwise_distance",
     "pretrain",
     "pretrained_transformer",
     "token_ids",

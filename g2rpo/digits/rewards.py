@@ -1,11 +1,12 @@
-"""The reward and the held-out judge: two classifiers fitted on disjoint halves of the scans.
+"""The reward and the held-out judges: classifiers fitted on disjoint halves of the scans.
 
 Every function here is `f(images [N,1,8,8] in [0,1], prompts: N digit names) -> float32 [N]` on the
 images' device, without gradient. An image with a NaN pixel scores NaN: a failed score, which the
 trainer counts, not an exception. Each classifier is fitted once per process, at its first use.
 
-The judge is never trained on. Its calibrated probabilities and its prediction come from one model:
-the digit it predicts is the one it finds most probable.
+The judges are never trained on. The first, a support-vector classifier, gives calibrated
+probabilities and a prediction by one model: the digit it predicts is the one it finds most
+probable. The second, a forest of trees, is of another kind: what fools one need not fool the other.
 """
 
 from collections.abc import Sequence
@@ -59,6 +60,15 @@ def classifier_probability(images: Tensor, prompts: Sequence[str]) -> Tensor:  #
 
 
 @cache
+def _forest() -> Any:
+    from sklearn.ensemble import ExtraTreesClassifier
+
+    images, labels = load_scans("judge")
+    forest = ExtraTreesClassifier(n_estimators=200, random_state=0, n_jobs=1)
+    return forest.fit(images.flatten(1).double().numpy(), labels.numpy())
+
+
+@cache
 def _judge() -> Any:
     from sklearn.calibration import CalibratedClassifierCV  # slow imports, wanted only here
     from sklearn.multiclass import OneVsRestClassifier
@@ -74,12 +84,12 @@ def _judge() -> Any:
 
 
 @torch.no_grad()
-def _judge_probabilities(images: Tensor) -> Tensor:  # [N,10] float32, NaN rows for NaN images
+def _probabilities(judge: Any, images: Tensor) -> Tensor:  # [N,10] float32, NaN for NaN images
     pixels = images.flatten(1).cpu().double()
     probabilities = torch.full((len(pixels), 10), torch.nan)
     sound = ~pixels.isnan().any(dim=1)
     if sound.any():
-        scored = _judge().predict_proba(pixels[sound].numpy())
+        scored = judge.predict_proba(pixels[sound].numpy())
         probabilities[sound] = torch.from_numpy(scored).float()
     return probabilities.to(images.device)
 
@@ -88,12 +98,19 @@ def judge_probability(images: Tensor, prompts: Sequence[str]) -> Tensor:  # [N] 
     """Probability of the asked digit under the held-out judge: an RBF support-vector classifier
     fitted on the "judge" half, its scores calibrated to probabilities."""
     digits = _asked_digits(images, prompts)
-    return _judge_probabilities(images).gather(1, digits[:, None])[:, 0]
+    return _probabilities(_judge(), images).gather(1, digits[:, None])[:, 0]
+
+
+def forest_probability(images: Tensor, prompts: Sequence[str]) -> Tensor:  # [N] in [0,1]
+    """Probability of the asked digit under the second judge: the share of votes of 200 extremely
+    randomised trees (Geurts et al. 2006) fitted on the "judge" half."""
+    digits = _asked_digits(images, prompts)
+    return _probabilities(_forest(), images).gather(1, digits[:, None])[:, 0]
 
 
 def judge_accuracy(images: Tensor, prompts: Sequence[str]) -> Tensor:  # [N], 0, 1 or NaN
     """1.0 where the digit the held-out judge predicts (its most probable) is the asked one."""
     digits = _asked_digits(images, prompts)
-    probabilities = _judge_probabilities(images)
+    probabilities = _probabilities(_judge(), images)
     correct = (probabilities.argmax(dim=1) == digits).float()
     return torch.where(probabilities[:, 0].isnan(), torch.nan, correct)
