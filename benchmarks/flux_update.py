@@ -162,7 +162,10 @@ class Run:
                 },
                 "peak_bytes": dict(watch.peaks),
                 # Smaller than the preset's where memory ran out; the messages say so.
-                "batches": {"anchor": trainer.anchor_batch, "branch": trainer.branch_batch},
+                "batches": {
+                    "anchor": trainer.sampling.update_batch,
+                    "branch": trainer.sampling.branch_batch,
+                },
                 "ratio_max": found.get("ratio_max"),
                 "grad_norm": found.get("grad_norm"),
                 "messages": list(self.messages),

@@ -120,7 +120,7 @@ class Stub:
 
     def __init__(self, found: list[dict], skipped: int = 0) -> None:
         self.found, self.skipped_updates = iter(found), skipped
-        self.anchor_batch = self.branch_batch = 12
+        self.sampling = SimpleNamespace(update_batch=12, branch_batch=12)
 
     def update(self) -> dict:
         return next(self.found)

@@ -170,7 +170,7 @@ def test_kl_counts_its_evaluations():
         lambda module, given, keywords, out: forwards.append(len(out[0])), with_kwargs=True
     )
     with_kl.update()
-    padding = with_kl.plan.padding
+    padding = with_kl.sampling.plan(with_kl.sampling.positions(1)).padding
     assert sum(forwards) - padding == with_kl.evaluations_per_update
     assert with_kl.evaluations_per_update - without.evaluations_per_update == 2 * 3
 
