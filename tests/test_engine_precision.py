@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import TinyModel, brightness, tiny_config
+from tiny import TinyModel, brightness, roll_out, tiny_config
 
 from g2rpo.errors import ConfigurationError
 from g2rpo.rewards import Reward
@@ -13,12 +13,6 @@ def make_trainer(fuse=False, **rollout):
     config = tiny_config(**rollout)
     config.model.fuse = fuse
     return Trainer(config, TinyModel(), [Reward("brightness", brightness)])
-
-
-def roll_out(trainer, update=1):
-    ids = trainer.sampler.ids(update)
-    prompts = [trainer.sampler.prompts[i] for i in ids]
-    return trainer.roll_out(update, ids, trainer.model.embed(prompts))
 
 
 @pytest.mark.parametrize("fuse", [False, True])

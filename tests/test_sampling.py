@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import TinyModel, brightness, contrast, tiny_config
+from tiny import TinyModel, brightness, contrast, roll_out, tiny_config
 
 import g2rpo_kernels as gk
 from g2rpo.errors import ConfigurationError
@@ -23,12 +23,6 @@ def trajectories(**rollout):
 def make_trainer(config, rewards=None, **options):
     rewards = rewards or [Reward("brightness", brightness)]
     return Trainer(config, TinyModel(), rewards, **options)
-
-
-def roll_out(trainer, update=1):
-    ids = trainer.sampler.ids(update)
-    prompts = [trainer.sampler.prompts[i] for i in ids]
-    return trainer.roll_out(update, ids, trainer.model.embed(prompts))
 
 
 @pytest.mark.parametrize("common", [True, False])

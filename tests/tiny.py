@@ -103,3 +103,10 @@ def tiny_config(**rollout) -> Config:
     config.train.evaluation_samples = 6
     config.validate()
     return config
+
+
+def roll_out(trainer, update: int = 1):
+    """The draws of a trainer's update, without the update."""
+    ids = trainer.sampler.ids(update)
+    prompts = [trainer.sampler.prompts[i] for i in ids]
+    return trainer.roll_out(update, ids, trainer.model.embed(prompts))
