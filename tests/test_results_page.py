@@ -27,5 +27,6 @@ def test_tables_are_the_json(name, methods):
 
 def test_its_pictures_are_there():
     page = (DOCS / "results.md").read_text(encoding="utf-8")
-    for name in ("methods-curves.png", "methods-samples.png"):
+    for name in ("methods-curves", "methods-samples", "fair-curves", "ablation-curves"):
+        name = f"{name}.png"
         assert f"results/{name}" in page and (DOCS / "results" / name).is_file()
