@@ -63,6 +63,7 @@ class Sampling(ABC):
         self.schedule = noise_schedule(config.rollout.steps, config.rollout.shift)  # on the host
         self.prompts, self.seed = config.train.prompts_per_update, config.train.seed
         self.group_size = config.rollout.group_size
+        self._coefficients: dict[tuple[int, ...], gk.StepCoefficients] = {}
         self.keep_velocity = config.objective.ratio == "normalised"
         self.branch_batch = config.rollout.branch_batch
         self.update_batch = min(config.rollout.branch_batch, self._rows())
@@ -94,12 +95,15 @@ class Sampling(ABC):
         return window_positions(self.config, update)
 
     def coefficients(self, positions: Sequence[int]) -> gk.StepCoefficients:  # [K, 5]
-        rollout = self.config.rollout
-        following = [k + 1 for k in positions]
-        return gk.step_coefficients(
-            self.schedule[list(positions)], self.schedule[following],
-            rollout.eta, rollout.dynamics, sigma_max=float(self.schedule[1]),
-        ).to(self.policy.device)  # fmt: skip
+        """Of these steps; kept, since windows come back to them."""
+        key, rollout = tuple(positions), self.config.rollout
+        if key not in self._coefficients:
+            following = [k + 1 for k in positions]
+            self._coefficients[key] = gk.step_coefficients(
+                self.schedule[list(positions)], self.schedule[following],
+                rollout.eta, rollout.dynamics, sigma_max=float(self.schedule[1]),
+            ).to(self.policy.device)  # fmt: skip
+        return self._coefficients[key]
 
 
 class SingularSampling(Sampling):

@@ -13,6 +13,7 @@ from markup import Node, parse
 from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
+from g2rpo.evaluate.page import write_page
 from g2rpo.evaluate.result import Evaluation
 from g2rpo.evaluate.statistics import Estimate
 from g2rpo.metrics import number
@@ -66,6 +67,21 @@ def made_up(
         trained=[not judged for judged in heldout],
         facts={"Sampling steps": 16, "Versions": f"torch {torch.__version__}"},
     )
+
+
+# As fixtures: an evaluation, and its page.
+
+
+def digits_page(tmp_path_factory) -> tuple[Evaluation, Path]:
+    folder = tmp_path_factory.mktemp("digits")
+    evaluation = made_up(folder)
+    return evaluation, write_page(evaluation, folder)
+
+
+def photos_page(tmp_path_factory) -> tuple[Evaluation, Path]:
+    folder = tmp_path_factory.mktemp("photos")
+    evaluation = made_up(folder, images=12, kind="photos")
+    return evaluation, write_page(evaluation, folder)
 
 
 @cache

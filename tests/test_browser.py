@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import dump_dom, needs_chromium, screenshot
-from evaluations import HOSTILE, expected_table, made_up, read, shown, table
+from evaluations import (
+    HOSTILE,
+    digits_page,
+    expected_table,
+    made_up,
+    photos_page,
+    read,
+    shown,
+    table,
+)
 from example_run import DIGITS, noise, run_rows
 from markup import parse
 from PIL import Image
 
 from g2rpo.evaluate.page import write_page
-from g2rpo.evaluate.result import Evaluation
 from g2rpo.grids import sample_path, write_grid
 from g2rpo.metrics import MetricsLog
 from g2rpo.report import write_report
@@ -23,18 +30,8 @@ pytestmark = needs_chromium
 LIGHT, DARK = (255, 255, 255), (0x17, 0x19, 0x1C)  # templates/style.css.j2, --page
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> tuple[Evaluation, Path]:
-    folder = tmp_path_factory.mktemp("digits")
-    evaluation = made_up(folder)
-    return evaluation, write_page(evaluation, folder)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> tuple[Evaluation, Path]:
-    folder = tmp_path_factory.mktemp("photos")
-    evaluation = made_up(folder, images=12, kind="photos")
-    return evaluation, write_page(evaluation, folder)
+digits = pytest.fixture(scope="module")(digits_page)
+photos = pytest.fixture(scope="module")(photos_page)
 
 
 def test_a_browser_reads_the_same_table(digits) -> None:

@@ -13,31 +13,30 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 import torch
-from evaluations import HOSTILE, cards, expected_table, made_up, read, shown, table
+from evaluations import (
+    HOSTILE,
+    cards,
+    digits_page,
+    expected_table,
+    made_up,
+    photos_page,
+    read,
+    shown,
+    table,
+)
 from markup import Node
 from PIL import Image
 
 from g2rpo.evaluate import thumbnails
 from g2rpo.evaluate.page import OPPOSED, PAIRS, PROMPT_LETTERS, write_page
-from g2rpo.evaluate.result import Evaluation
 from g2rpo.evaluate.statistics import compare
 from g2rpo.metrics import number
 
 FOREIGN = {"script", "link", "iframe", "object", "embed", "base", "img"}
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory) -> tuple[Evaluation, Path]:
-    folder = tmp_path_factory.mktemp("digits")
-    evaluation = made_up(folder)
-    return evaluation, write_page(evaluation, folder)
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory) -> tuple[Evaluation, Path]:
-    folder = tmp_path_factory.mktemp("photos")
-    evaluation = made_up(folder, images=12, kind="photos")
-    return evaluation, write_page(evaluation, folder)
+digits = pytest.fixture(scope="module")(digits_page)
+photos = pytest.fixture(scope="module")(photos_page)
 
 
 def groups(page: Node, reward: str) -> dict[str, Node]:
