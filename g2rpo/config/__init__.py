@@ -6,6 +6,7 @@ its unit. A key exists only once it acts.
     model.py     model, data
     rollout.py   rollout
     training.py  rewards, objective, optimizer, train
+    distributed.py  distributed
     checks.py    what values are held to
 """
 
@@ -16,13 +17,14 @@ from dataclasses import dataclass, field
 from ..rewards import short_names
 from ..rewards.load import names as scorer_names
 from .checks import expect
+from .distributed import DistributedConfig
 from .model import LORA_TARGETS, DataConfig, LoraConfig, ModelConfig
 from .rollout import RolloutConfig
 from .training import ObjectiveConfig, OptimizerConfig, RewardConfig, TrainConfig
 
 __all__ = [
-    "LORA_TARGETS", "Config", "DataConfig", "LoraConfig", "ModelConfig", "ObjectiveConfig",
-    "OptimizerConfig", "RewardConfig", "RolloutConfig", "TrainConfig",
+    "LORA_TARGETS", "Config", "DataConfig", "DistributedConfig", "LoraConfig", "ModelConfig",
+    "ObjectiveConfig", "OptimizerConfig", "RewardConfig", "RolloutConfig", "TrainConfig",
 ]  # fmt: skip
 
 
@@ -38,6 +40,7 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def validate(self, training: bool = True) -> None:
         """Raise ConfigurationError naming the key, its value and what was expected.
@@ -55,7 +58,7 @@ class Config:
         )  # fmt: skip
         for group in (self.model.lora, self.data, self.rollout, self.objective):
             group.validate()
-        for group in (self.optimizer, self.train):
+        for group in (self.optimizer, self.train, self.distributed):
             group.validate()
         stop = self.train.hacking_stop
         ok = any(r.heldout for r in self.rewards) and self.train.evaluation_samples >= 2
