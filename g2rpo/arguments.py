@@ -23,6 +23,7 @@ PRESETS = Path(__file__).parent / "presets"
 RESUMABLE = (
     "train.updates", "train.save_every", "train.keep_last", "train.evaluate_every",
     "train.max_skipped", "train.hacking_stop", "train.tracker", "model.device", "data.embeddings",
+    "distributed.strategy", "distributed.gather", "distributed.gradients", "distributed.timeout",
 )  # fmt: skip
 
 
