@@ -95,10 +95,12 @@ def traffic_of(config: Config, sizes: Sizes, card: Card, gpus: Gpus) -> tuple[Tr
 
     if not gpus.sharded(config):
         item = 4 if config.model.lora.rank else whole.weights // sizes.parameters
-        dense = 4 * (whole.gradients // item)
+        dense, count = 4 * (whole.gradients // item), gpus.count * whole.factors
+        folded = count >= sizes.modulation * item  # all ranks' rows would be no smaller
+        if whole.factors and folded:
+            dense += 4 * sizes.modulation
         found = [traffic("gradients summed", dense, steps(config), sum_kept=True)]
-        if whole.factors:
-            count = gpus.count * whole.factors
+        if whole.factors and not folded:
             found.append(traffic("gradient factors gathered", count, steps(config)))
         return tuple(found)
     anchors = chunks(config) * (max(config.rollout.sde_positions) + 1)

@@ -27,7 +27,7 @@ class Trained:
     gradients: int  # dense, at a step
     held: int  # of them before, in the backward
     factors: int  # of the own rows
-    all_factors: int  # at a step, of all ranks' rows
+    all_factors: int  # at a step, of all ranks' rows, or dense where that is less
     step: int  # what a step needs besides
     streamed: int  # in host memory
     count: int  # of parameters trained
@@ -39,7 +39,8 @@ def trained(config: Config, sizes: Sizes, gpus: Gpus = ONE) -> Trained:
     that dtype, dense but for the modulations' under adamw8bit, of which 16 bits of every row of
     outputs and inputs are kept.
 
-    Replicas gather the rows of all ranks before a step. Sharded, a rank has its part of all this,
+    Replicas gather the rows of all ranks before a step, as long as they are fewer bytes than the
+    gradient itself. Sharded, a rank has its part of all this,
     and factors nothing; gradients that are reduced once a step are float32 and whole until then."""
     name, lora = config.optimizer.name, config.model.lora
     itemsize = dtype_of(config).itemsize
@@ -73,7 +74,8 @@ def trained(config: Config, sizes: Sizes, gpus: Gpus = ONE) -> Trained:
     return Trained(
         weights=weights, low_bits=low_bits, moments=moments, gradients=gradients,
         held=4 * count if kept_whole else gradients,
-        factors=factors, all_factors=gpus.count * factors, step=step, streamed=streamed, count=own,
+        factors=factors, all_factors=min(gpus.count * factors, sizes.modulation * item), step=step,
+        streamed=streamed, count=own,
     )  # fmt: skip
 
 
