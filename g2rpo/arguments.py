@@ -49,7 +49,8 @@ USAGE = {
         "Say whether `g2rpo train` of the same arguments fits a GPU (h100-80gb, or a memory size "
         "such as 80GB), what to switch on where it does not, and how long it takes; --price, of a "
         "GPU-hour: what it costs. --gpus: of each of so many, --per-node (8) in a node, with "
-        "--network (50 GB/s a GPU) between nodes; several numbers: a table of every strategy. No GPU is needed, and no weights. Exit code 0 if it fits, 1 if "
+        "--network (50 GB/s a GPU) between nodes; several numbers: a table of every strategy. No "
+        "GPU is needed, and no weights. Exit code 0 if it fits, 1 if "
         "not.",
     ),
     "compare": (

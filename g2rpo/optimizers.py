@@ -24,7 +24,6 @@ from .errors import ConfigurationError
 from .seeds import hash_seed
 from .streamed_adamw import StreamedAdamW
 
-
 SHARDS = ("adamw", "adamw8bit")  # those that step parts of parameters
 
 

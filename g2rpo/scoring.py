@@ -140,6 +140,35 @@ def sample_policy(
     return torch.cat(images)
 
 
+def evaluate_policy(
+    model: Model,
+    prompts: Sequence[str],  # M
+    sigmas: Tensor,  # float32 [T + 1]
+    rewards: Sequence[Reward],  # R
+    batch_size: int,
+    ranks: Ranks,
+    start: Tensor | None = None,  # [R, M], the starting policy's
+) -> tuple[dict[str, float], Tensor | None, Tensor]:
+    """The fixed evaluation, drawn and scored by all ranks: metrics keys and images [M, C, H, W],
+    both the lead's alone, and scores, float64 [R, M]."""
+    # As many for each rank, whose forwards may be collective; those past the end are left out.
+    each = -(-len(prompts) // ranks.count)
+    places = [(ranks.rank * each + i) % len(prompts) for i in range(each)]
+    mine = [prompts[place] for place in places]
+    images = sample_policy(model, mine, sigmas, batch_size, places)
+    scores = score_images(images, mine, rewards, batch_size)
+    scores = ranks.gather_rows(scores, dim=1)[:, : len(prompts)]
+    everyones = ranks.rows_to_lead(images)
+    if everyones is None:
+        return {}, None, scores
+    everyones = everyones[: len(prompts)]
+    row = evaluation_row(everyones, prompts, rewards, scores, start)
+    if hasattr(model, "image_metrics"):
+        measured = model.image_metrics(everyones, prompts)
+        row |= {f"images/{name}/mean": value for name, value in measured.items()}
+    return row, everyones, scores
+
+
 def score_images(
     images: Tensor,  # [M, 3 or 1, H, W]
     prompts: Sequence[str],  # M

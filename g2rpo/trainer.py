@@ -30,6 +30,7 @@ from torch import Tensor
 
 import g2rpo_kernels as gk
 
+from . import trainer_state
 from .config import Config
 from .data import PromptSampler
 from .distributed import ALONE, Ranks
@@ -45,20 +46,8 @@ from .rewards import Reward
 from .rollout import Steps
 from .sampling import Rollout, SingularSampling, TrajectorySampling
 from .schedule import noise_schedule
-from .scoring import (
-    RolloutScores,
-    evaluation_row,
-    sample_policy,
-    score_images,
-    score_rollout,
-)
+from .scoring import RolloutScores, evaluate_policy, score_rollout
 from .weights import MovingAverage, assign, make_weights
-
-# Attributes of the trainer that a checkpoint keeps as they are.
-STATE = (
-    "updates", "evaluations", "skipped_updates", "skipped_in_a_row", "seconds", "row",
-)  # fmt: skip
-BATCHES = {"branch_batch": "branch_batch", "anchor_batch": "update_batch"}  # and of its sampling
 
 
 class Interrupted(Exception):
@@ -106,7 +95,12 @@ class Trainer:
         say = lambda text: self.on_message(text)  # noqa: E731  (as it is when it is called)
         self.layout, replica = make_layout(config, self.policy, self.weights, ranks)
         self.phases = Phases(device, self._enter)
-        prompts = prompts_of_rank(train.prompts_per_update, ranks)
+        if train.prompts_per_update % ranks.count:
+            raise ConfigurationError(
+                f"train.prompts_per_update is {train.prompts_per_update}; expected a multiple of "
+                f"the {ranks.count} ranks, which share them equally"
+            )
+        prompts = train.prompts_per_update // ranks.count
         shared = config, model, self.sigmas, self.phases, prompts
         if rollout.sampling == "trajectories":
             self.sampling = TrajectorySampling(*shared)
@@ -160,16 +154,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that an undisturbed run would go on with, the weights and their average apart."""
-        state = {
-            "optimizer": self.improver.optimizer.state_dict(),
-            "prompts": self.sampler.prompts,
-            "evaluation_prompts": self.evaluation_prompts,
-            **{name: getattr(self, name) for name in STATE},
-            **{key: getattr(self.sampling, name) for key, name in BATCHES.items()},
-        }
-        if hasattr(self.model, "state_dict"):
-            state["model"] = self.model.state_dict()
-        return state
+        return trainer_state.collect(self)
 
     def load_state_dict(
         self,
@@ -181,29 +166,11 @@ class Trainer:
 
         Raises ConfigurationError for other prompts: their ids decide what every update draws.
         """
-        if state["prompts"] != self.sampler.prompts:
-            raise ConfigurationError(
-                f"data.prompts is {self.config.data.prompts!r}, which holds "
-                f"{len(self.sampler.prompts)} prompts; expected the {len(state['prompts'])} that "
-                "the run was started with, in their order"
-            )
-        evaluated = state.get("evaluation_prompts", self.evaluation_prompts)  # older ones lack it
-        if evaluated != self.evaluation_prompts:
-            raise ConfigurationError(
-                f"data.evaluation_prompts is {self.config.data.evaluation_prompts!r}, whose "
-                "prompts are others than those that the run was started with; expected the same, "
-                "in their order"
-            )
+        trainer_state.check(self, state)
         assign(self.weights.parameters, weights)
         if self.average is not None:
             self.average.load(average or {})
-        self.improver.optimizer.load_state_dict(state["optimizer"])
-        for name in STATE:
-            setattr(self, name, state[name])
-        for key, name in BATCHES.items():
-            setattr(self.sampling, name, state[key])
-        if hasattr(self.model, "load_state_dict"):
-            self.model.load_state_dict(state["model"])
+        trainer_state.restore(self, state)
 
     # The parts of an update ---------------------------------------------------------------------
 
@@ -338,25 +305,12 @@ class Trainer:
     def _evaluate(self, start: Tensor | None) -> tuple[dict[str, Any], Tensor | None, Tensor]:
         self.phases.seconds = {}
         self._offload()
-        prompts = self.evaluation_prompts
-        # As many for each rank; those past the end are drawn and left out.
-        each = -(-len(prompts) // self.ranks.count)
-        places = [(self.ranks.rank * each + i) % len(prompts) for i in range(each)]
-        mine = [prompts[place] for place in places]
         average = self.average.applied() if self.average is not None else nullcontext()
         with self.phases("evaluation"), average, self.scoring():
-            batch = self.sampling.branch_batch
-            images = sample_policy(self.model, mine, self.sigmas, batch, places)
-            scores = score_images(images, mine, self.rewards, batch)
-            scores = self.ranks.gather_rows(scores, dim=1)[:, : len(prompts)]
-            images = self.ranks.rows_to_lead(images)
-            row: dict[str, Any] = {}
-            if images is not None:
-                images = images[: len(prompts)]
-                row = evaluation_row(images, prompts, self.rewards, scores, start)
-                if hasattr(self.model, "image_metrics"):
-                    measured = self.model.image_metrics(images, prompts)
-                    row |= {f"images/{name}/mean": value for name, value in measured.items()}
+            row, images, scores = evaluate_policy(
+                self.model, self.evaluation_prompts, self.sigmas, self.rewards,
+                self.sampling.branch_batch, self.ranks, start,
+            )  # fmt: skip
         return {**row, "seconds/evaluation": self.phases.seconds["evaluation"]}, images, scores
 
     @contextmanager
@@ -421,13 +375,3 @@ def _not_finite(prompts: Sequence[str], what: str) -> str:
     """'the loss is not finite (prompt 'a cat', and 3 more)'"""
     more = f", and {len(prompts) - 1} more" if len(prompts) > 1 else ""
     return f"{what} is not finite (prompt {prompts[0]!r}{more})"
-
-
-def prompts_of_rank(prompts_per_update: int, ranks: Ranks) -> int:
-    """How many of an update's prompts each rank has. Raises ConfigurationError."""
-    if prompts_per_update % ranks.count:
-        raise ConfigurationError(
-            f"train.prompts_per_update is {prompts_per_update}; expected a multiple of the "
-            f"{ranks.count} ranks, which share them equally"
-        )
-    return prompts_per_update // ranks.count

@@ -148,8 +148,10 @@ def results(folder, machine, **content):
 
 def test_a_measurement_of_that_card_is_used_and_named(tmp_path, flux):
     config = config_of("flux-dev-1gpu")
-    case = {"batch": 12, "flops": 12e12, "variants": {"ours, rollout, FP8": {"seconds": 0.01}}}
-    results(tmp_path, "NVIDIA H200", kind="flux-forward", cases=[case])
+    case = {"batch": 12, "tokens": 2537, "flops": 12e12,
+            "variants": {"ours, rollout, FP8": {"seconds": 0.01}}}  # fmt: skip
+    larger = {**case, "tokens": 4608, "flops": 5e12}  # images of another size
+    results(tmp_path, "NVIDIA H200", kind="flux-forward", cases=[larger, case])
     before = plan_work(config, flux, H100, tmp_path)
     assert all("measured" not in phase.basis for phase in before.phases)
     after = plan_work(config, flux, CARDS["h200"], tmp_path)

@@ -107,17 +107,10 @@ def test_kill_9_at_random_moments(tmp_path, miniature, weights):
     folder = f"checkpoints/step-{UPDATES:06d}"
     found = (undisturbed / folder).rglob("*.safetensors")
     files = sorted(path.relative_to(undisturbed) for path in found)
-    assert len(files) == 2
+    assert len(files) == 3  # weights, their average, the optimizer's state
     for file in files:
         first, second = load_file(undisturbed / file), load_file(killed / file)
         assert all(torch.equal(first[name], second[name]) for name in first), file
-    states = [
-        {path.name: load_file(path) for path in (run / folder / "optimizer").iterdir()}
-        for run in (undisturbed, killed)
-    ]
-    assert states[0] and states[0].keys() == states[1].keys()
-    for name, first in states[0].items():
-        assert all(torch.equal(first[key], states[1][name][key]) for key in first), name
 
 
 def test_the_example(tmp_path):

@@ -184,7 +184,7 @@ def _rates(config: Config, sizes: Sizes, card: Card, results: Path) -> dict[str,
         ("anchor", "ours, bf16" if fused else "diffusers, bf16", anchor_rows(config)),
         ("completions", _completing(fused, fp8), config.rollout.branch_batch),
     ):
-        if found := measured_rate(card, way, rows, results):
+        if found := measured_rate(card, way, sizes.tokens, rows, results):
             rates[which] = found
     return rates
 
@@ -199,17 +199,19 @@ def _share(peak: float, way: str) -> Rate:
     return Rate(share * peak, f"published: {share:.0%} of peak, {PUBLISHED[way]}")
 
 
-def measured_rate(card: Card, way: str, rows: int, results: Path) -> Rate | None:
-    """FLOP/s of a way that bench_flux_forward.py has timed on this card, at the batch nearest."""
-    found: list[tuple[int, float, str]] = []
+def measured_rate(card: Card, way: str, tokens: int, rows: int, results: Path) -> Rate | None:
+    """FLOP/s of a way that bench_flux_forward.py has timed on this card, at the number of tokens
+    nearest, and of these at the batch nearest."""
+    found: list[tuple[int, int, float, str]] = []
     for name, content in _results(card, "flux-forward", results).items():
         for case in content["cases"]:
             if way in case["variants"]:
                 seconds = case["variants"][way]["seconds"]
-                found.append((abs(case["batch"] - rows), case["flops"] / seconds, name))
+                apart = abs(case["tokens"] - tokens), abs(case["batch"] - rows)
+                found.append((*apart, case["flops"] / seconds, name))
     if not found:
         return None
-    _, value, name = min(found)
+    *_, value, name = min(found)
     return Rate(value, f"measured: {name}")
 
 
