@@ -88,7 +88,9 @@ class Sharded:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         # The root, too, or it would go on with the weights of before a change that follows no
         # backward: a moving average's, the starting policy's.
+        name = type(transformer).__name__
         fully_shard(transformer, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        type(transformer).__name__ = name  # config.json says of what class the weights are
         for module in (transformer, *blocks):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows sums alone
