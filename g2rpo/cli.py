@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import __version__
 from .errors import ConfigurationError, TrainingError
+
+if TYPE_CHECKING:
+    from .config import Config
 
 # Top-level modules that `pip install g2rpo` alone does not bring.
 TRAIN_EXTRA = (
@@ -58,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
               file=sys.stderr)  # fmt: skip
         return 2
     except (ConfigurationError, TrainingError) as error:
-        print(f"g2rpo {name}: error: {error}", file=sys.stderr)
+        if not getattr(error, "told", False):
+            print(f"g2rpo {name}: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigurationError) else 1
     except KeyboardInterrupt:
         print(f"g2rpo {name}: interrupted", file=sys.stderr)
@@ -69,6 +76,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(arguments: list[str]) -> int:
+    # All ranks of a machine read the same: the first of them says what is wrong with it.
+    told = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0"
+    unheard = io.StringIO()
+    try:
+        with redirect_stderr(unheard) if told else nullcontext():
+            config, run_dir, options = _what_to_train(arguments)
+    except ConfigurationError as error:
+        error.told = told
+        raise
+    from . import run
+    from .distributed import ALONE, joined
+
+    ranks = ALONE
+    try:
+        with joined(config.distributed.timeout, config.model.device) as ranks:
+            run_dir = ranks.from_lead(run_dir)  # its name may have the time in it
+            config.train.output = str(run_dir)
+            if options["--resume"] is not None:
+                return run.resume(config, run_dir, ranks)
+            overwrite = options["--overwrite"] is not None
+            return run.start(config, run_dir, overwrite=overwrite, ranks=ranks)
+    except (ConfigurationError, TrainingError) as error:
+        error.told = ranks.told
+        raise
+
+
+def _what_to_train(arguments: list[str]) -> tuple[Config, Path, dict[str, str | None]]:
+    """The validated configuration, the run's directory, --resume and --overwrite."""
     from .arguments import make_parser, named_config, resumed_config, take_options
 
     parser = make_parser("train")
@@ -93,15 +128,7 @@ def train(arguments: list[str]) -> int:
         name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         run_dir = Path(config.train.output or Path("runs") / name)
     config.validate()
-    from . import run
-    from .distributed import joined
-
-    with joined(config.distributed.timeout, config.model.device) as ranks:
-        run_dir = ranks.from_lead(run_dir)  # its name may have the time in it
-        config.train.output = str(run_dir)
-        if resumed is not None:
-            return run.resume(config, run_dir, ranks)
-        return run.start(config, run_dir, overwrite=options["--overwrite"] is not None, ranks=ranks)
+    return config, run_dir, options
 
 
 def embed(arguments: list[str]) -> int:

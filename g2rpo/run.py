@@ -15,7 +15,6 @@ Several ranks run this side by side: the lead alone writes and shows, but for ch
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import signal
@@ -79,7 +78,8 @@ class StopRequest:
                     raise KeyboardInterrupt
                 return
             self.signal = number
-            display.message("Stopping with a checkpoint; once more to stop at once.")
+            if isinstance(display, Display):  # all ranks may have been sent it
+                display.message("Stopping with a checkpoint; once more to stop at once.")
 
         before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -98,14 +98,14 @@ def start(
 ) -> int:
     """Train from the beginning in `run_dir`. Returns an exit code: 0, or 128 + signal.
 
-    Where torchrun has restarted the ranks, goes on with the run they have begun there.
+    Where torchrun has restarted the ranks, goes on with the run they have begun there, and with no
+    other: what was refused at the first start is refused again.
     Raises ConfigurationError when run_dir holds another run, unless overwrite removes that first.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigurationError(f"train.output is {str(run_dir)!r}, a file; expected a directory")
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    begun = ranks.from_lead(holds_run(run_dir))
-    if begun and restarted:
+    begun, ours = ranks.from_lead((holds_run(run_dir), ranks.launch.noted(run_dir)))
+    if begun and ours:
         return resume(config, run_dir, ranks)
     if begun and not overwrite:
         raise ConfigurationError(
@@ -125,6 +125,8 @@ def start(
             for name in CONTENTS:
                 path = run_dir / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if ranks.lead:
+            ranks.launch.note(run_dir)
         ranks.meet()
         return run.train()
 
@@ -317,7 +319,7 @@ class _Run:
                 )
 
     def _is_to_end(self) -> bool:
-        """Whether one of the ranks was asked to stop, or the watch over the rewards has ended it."""
+        """Whether one of the ranks was asked to stop, or the watch over rewards has ended it."""
         if self.ranks.asked_to_stop and not self.stop:
             self.stop.signal = signal.SIGTERM  # another has had it
         return self.ranks.any(bool(self.stop) or bool(self.evaluations.ended))

@@ -1,6 +1,7 @@
 """A run on several processes, one a GPU, as torchrun starts them.
 
     ranks.py     who they are, and what they tell one another
+    meeting.py   where they find one another, at every start
     watch.py     who of them is where, so that none waits for one that has gone
     layout.py    where the weights lie: whole everywhere, or a part each (FSDP2)
     shards.py    a rank's part of a parameter, and the whole of one

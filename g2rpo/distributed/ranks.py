@@ -17,28 +17,40 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..errors import ConfigurationError, TrainingError
+from ..errors import TrainingError
+from .meeting import Launch, come_together, of_torchrun
 from .watch import Watch
 
 T = TypeVar("T")
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NO_LAUNCH = Launch(None)
 
 
 class LostRank(TrainingError):
-    """Another rank has failed, or did not come; the message says which, where and in what phase."""
+    """Another rank has failed, or did not come; `why` says which, where and in what phase."""
+
+    def __init__(self, message: str, why: str) -> None:
+        super().__init__(message)
+        self.why = why
 
 
 class Ranks:
     """`rank` of `count` processes, `per_node` of them on this machine.
 
-    device: of the tensors that `sum_` and FSDP move. watch: None for a process alone.
+    device: of the tensors that `sum_` and FSDP move. watch: None for a process alone. launch: what
+    torchrun remembers when it starts the ranks again.
     Every method is to be called by all ranks, in the same order.
     """
 
     def __init__(
-        self, rank: int = 0, count: int = 1, per_node: int = 1, watch: Watch | None = None
+        self,
+        rank: int = 0,
+        count: int = 1,
+        per_node: int = 1,
+        watch: Watch | None = None,
+        launch: Launch = NO_LAUNCH,
     ) -> None:
         self.rank, self.count, self.per_node, self.watch = rank, count, per_node, watch
+        self.launch = launch
         self.told = False  # whether another rank has told of this rank's failure in the same words
 
     @property
@@ -140,10 +152,11 @@ class Ranks:
     def lost(self, error: BaseException) -> LostRank:
         """What to raise where a collective has ended with this error."""
         watch = self.watch
+        why = watch.why_in_vain(error)
         return LostRank(
             f"rank {self.rank} on {watch.host} waited in vain in the phase {watch.phase!r}: "
-            f"{watch.why_in_vain(error)}. The newest checkpoint is intact"
-        )
+            f"{why}. The newest checkpoint is intact", why,
+        )  # fmt: skip
 
 
 ALONE = Ranks()
@@ -159,7 +172,8 @@ def joined(timeout: float, device: str) -> Iterator[Ranks]:
     """Within the block this process is one of the ranks, or ALONE where it was not launched.
 
     timeout: seconds that any wait lasts. device: model.device. An error inside is told to the other
-    ranks before it goes on. Raises ConfigurationError where the variables are not all there.
+    ranks before it goes on. Raises ConfigurationError where the variables are not all there,
+    TrainingError where the ranks do not come together.
     """
     if not launched():
         yield ALONE
@@ -168,12 +182,16 @@ def joined(timeout: float, device: str) -> Iterator[Ranks]:
     try:
         yield ranks
         ranks.meet()  # the board may go with the lead
+    except LostRank as error:
+        ranks.watch.post_failure(error.why, lost=True)
+        raise
     except BaseException as error:
-        if isinstance(error, LostRank):
-            raise
-        if _of_a_connection(error):  # in a collective of FSDP's
-            raise ranks.lost(error) from error
-        ranks.told = ranks.watch.post_failure(error)
+        if _of_a_connection(error):  # in a collective of FSDP's, or at the board
+            lost = ranks.lost(error)
+            ranks.watch.post_failure(lost.why, lost=True)
+            raise lost from error
+        text = " ".join(str(error).split()) or type(error).__name__
+        ranks.told = ranks.watch.post_failure(text)
         raise
     finally:
         ranks.watch.close()
@@ -188,20 +206,21 @@ def _of_a_connection(error: BaseException) -> bool:
 
 
 def _join(timeout: float, device: str) -> Ranks:
-    if missing := [name for name in VARIABLES if name not in os.environ]:
-        raise ConfigurationError(
-            f"RANK and WORLD_SIZE are set and {', '.join(missing)} are not; expected all that "
-            "torchrun sets, or none of them"
-        )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         from ..models import choose_device
 
         torch.cuda.set_device(choose_device(device))
-    limit = timedelta(seconds=timeout)
-    store, rank, count = next(dist.rendezvous("env://", timeout=limit))
-    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
+    store, rank, count, launch = come_together(timeout)
+    limit, backend = timedelta(seconds=timeout), "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    try:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
+    except RuntimeError as error:
+        raise TrainingError(
+            f"rank {rank} on {socket.gethostname()} could not connect to the other ranks by "
+            f"{backend}: {str(error).strip().splitlines()[0]}"
+        ) from error
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    board = dist.PrefixStore("g2rpo", store)
-    return Ranks(rank, count, per_node, Watch(board, rank, count, socket.gethostname(), timeout))
+    board, holds = dist.PrefixStore("board", store), rank == 0 and not of_torchrun()
+    watch = Watch(board, rank, count, socket.gethostname(), timeout, holds)
+    return Ranks(rank, count, per_node, watch, launch)
