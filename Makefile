@@ -36,14 +36,15 @@ help:
 	@echo "                  look at pages in a browser are skipped without one: apt-get install chromium"
 	@echo "make test-slow    run the tests that take minutes: twenty kills, the FLUX example"
 	@echo "make bench        measure the ops on this machine (ARGS are passed to benchmarks/run.py)"
-	@echo "make bench-flux   measure FLUX's forward, an update, the optimizer's step and the block ops on a"
-	@echo "                  GPU (ARGS='--size toy': anywhere)"
+	@echo "make bench-flux   measure ceilings, FLUX's blocks, forward and update, the optimizer's step and the"
+	@echo "                  published loop on a GPU (ARGS='--size toy': anywhere)"
 	@echo "make bench-compare BASE=REF: time the ops of a commit and of the working tree in turns; an"
 	@echo "                  error if one got slower (ARGS: of benchmarks/compare_versions.py)"
 	@echo "make bench-instructions: count the instructions of the native CPU ops anew, with valgrind,"
 	@echo "                  into benchmarks/instructions/ (ARGS=--check: compare with those there)"
 	@echo "make gpu-check    test and measure on a GPU with PYTHON=$(PYTHON) and the torch it has"
-	@echo "                  (ARGS='--only PART', of build tests flux-forward flux-update optimizer ops flux-blocks)"
+	@echo "                  (ARGS='--only PART', of build tests ceilings ops flux-blocks flux-forward"
+	@echo "                  optimizer flux-update reference)"
 	@echo "make dist         build the sdist and the wheel into dist/"
 	@echo "make constraints  resolve the pins of constraints.txt anew"
 	@echo "make clean        remove $(VENV) and everything built; training runs stay"
@@ -70,7 +71,7 @@ bench: $(TEST_STAMP)
 
 # Of the ARGS that all take. Each is measured whatever became of those before it.
 bench-flux: $(TEST_STAMP)
-	failed=0; for name in flux_forward flux_update adamw8bit blocks; do \
+	failed=0; for name in ceilings blocks flux_forward adamw8bit flux_update reference; do \
 	    $(BIN)/python benchmarks/bench_$$name.py $(ARGS) || failed=$$?; done; exit $$failed
 
 # The working tree's extension is the one that lies there: made anew first if its sources changed.
