@@ -23,6 +23,7 @@ PRESETS = Path(__file__).parent / "presets"
 RESUMABLE = (
     "train.updates", "train.save_every", "train.keep_last", "train.evaluate_every",
     "train.max_skipped", "train.hacking_stop", "train.tracker", "model.device", "data.embeddings",
+    "distributed.strategy", "distributed.gather", "distributed.gradients", "distributed.timeout",
 )  # fmt: skip
 
 
@@ -42,11 +43,14 @@ USAGE = {
         "What is there stays.",
     ),
     "plan": (
-        "g2rpo plan PRESET|FILE.yaml --gpu NAME|SIZE [--price DOLLARS] [--json] "
+        "g2rpo plan PRESET|FILE.yaml --gpu NAME|SIZE [--gpus N[,N...]] [--per-node N] "
+        "[--network GB/S]\n                  [--strategy NAME] [--price DOLLARS] [--json] "
         "[--group.key value ...]",
         "Say whether `g2rpo train` of the same arguments fits a GPU (h100-80gb, or a memory size "
         "such as 80GB), what to switch on where it does not, and how long it takes; --price, of a "
-        "GPU-hour: what it costs. No GPU is needed, and no weights. Exit code 0 if it fits, 1 if "
+        "GPU-hour: what it costs. --gpus: of each of so many, --per-node (8) in a node, with "
+        "--network (50 GB/s a GPU) between nodes; several numbers: a table of every strategy. No "
+        "GPU is needed, and no weights. Exit code 0 if it fits, 1 if "
         "not.",
     ),
     "compare": (

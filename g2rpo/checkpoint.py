@@ -4,10 +4,12 @@
                             transformer/diffusion_pytorch_model.safetensors
                             lora/pytorch_lora_weights.safetensors           of a run with adapters
                             ema/...                                         the same of the average
-                            training_state.pt                               optimizer and counters
+                            optimizer/*.safetensors                         see optimizer_files.py
+                            training_state.pt                               counters
                             manifest.json                                   sizes, written last
 
-Nothing is unpickled: safetensors, and `torch.load(weights_only=True)`.
+Weights are written whole by the lead, however they are sharded; of the optimizer every rank writes
+its part. Nothing is unpickled: safetensors, and `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -26,11 +28,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from .distributed import ALONE, Ranks
+from .distributed.ranks import LostRank
+from .distributed.shards import whole_values
 from .errors import ConfigurationError, TrainingError
 from .metrics import size
+from .optimizer_files import read_optimizer, write_optimizer
 from .weights import TrainedWeights
 
 AVERAGE = "ema"
+OPTIMIZER = "optimizer"
 STATE = "training_state.pt"
 MANIFEST = "manifest.json"
 
@@ -51,30 +58,40 @@ def save_checkpoint(
     average: Mapping[str, Tensor] | None,
     state: dict[str, Any],
     keep_last: int,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Write checkpoints/step-<update> under `folder`, and of this one and those before it keep the
     newest keep_last.
 
     average: of the weights, by parameter; None: there is none. state: what
-    `torch.load(weights_only=True)` can read back. keep_last: 0 keeps all.
+    `torch.load(weights_only=True)` can read back. keep_last: 0 keeps all. ranks: all of them call
+    this, with a folder that all can write and each with its own state.
 
     Raises TrainingError when it cannot be written (a full disk); those before are as they were.
     """
     final = folder / f"step-{update:06d}"
     partial = folder / f".step-{update:06d}.partial"
-    for leftover in folder.glob(".step-*.partial"):  # of a run that was killed right here
-        shutil.rmtree(leftover)
+    if ranks.lead:
+        for leftover in folder.glob(".step-*.partial"):  # of a run that was killed right here
+            shutil.rmtree(leftover)
+    ranks.meet()
     try:
-        _write(partial, update, weights, average, state)
+        _write(partial, update, weights, average, state, ranks)
+    except LostRank:
+        raise
     except Exception as error:  # each writer has its own for a full disk; all are told
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
-        shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
+        if ranks.lead:
+            shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk
         before = [path.name for path in list_checkpoints(folder)]
         raise TrainingError(
             f"the checkpoint {final} cannot be written: {error} (free on that disk: "
             f"{size(free)}); {f'{before[-1]} is intact' if before else 'there is none before it'}. "
             "Make room, then go on with --resume"
         ) from error
+    ranks.meet()
+    if not ranks.lead:
+        return final
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
@@ -92,12 +109,28 @@ def _write(
     weights: TrainedWeights,
     average: Mapping[str, Tensor] | None,
     state: dict[str, Any],
+    ranks: Ranks,
 ) -> None:
-    (partial / weights.folder).mkdir(parents=True)
-    weights.save(partial / weights.folder)
-    if average is not None:
-        (partial / AVERAGE).mkdir()
-        weights.save(partial / AVERAGE, average)
+    for inside, parts in ((weights.folder, None), (AVERAGE, average)):
+        if inside == AVERAGE and parts is None:
+            continue
+        if ranks.lead:
+            (partial / inside).mkdir(parents=True)
+        values = {
+            name: value.cpu() if weights.sharded else value  # whole ones do not fit the device
+            for name, value in whole_values(weights.parameters, parts, keep=ranks.lead)
+        }
+        if ranks.lead:
+            weights.save(partial / inside, values if weights.sharded or parts else None)
+        del values
+    ranks.meet()
+    if "optimizer" in state:
+        rest = write_optimizer(
+            partial / OPTIMIZER, state["optimizer"], list(weights.parameters), ranks.watch is None
+        )
+        state = {**state, "optimizer": rest}
+    if not ranks.lead:
+        return
     torch.save(state, partial / STATE)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
     sizes = {path.relative_to(partial).as_posix(): path.stat().st_size for path in files}
@@ -215,28 +248,53 @@ def trained_prompts(path: Path) -> list[str] | None:
 
 
 def load_checkpoint(
-    folder: Path, weights: TrainedWeights, with_average: bool = False
+    folder: Path,
+    weights: TrainedWeights,
+    optimizer: torch.optim.Optimizer | None = None,
+    with_average: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Checkpoint | None:
     """The newest checkpoint that is whole, on the CPU; None if there is none to load.
 
-    weights: whose files are read; they are not changed. with_average: read the average, too.
+    weights: whose files are read; they are not changed. optimizer: which state["optimizer"] is to
+    be for; None: that is not all there. with_average: read the average, too. ranks: all of them
+    call this.
     A truncated or unreadable one is passed over for the one before, and named in `skipped`.
     Raises TrainingError when there are checkpoints and none is whole.
     """
-    skipped = []
-    for path in reversed(list_checkpoints(folder)):
+    skipped: list[str] = []
+    for path in ranks.from_lead(list(reversed(list_checkpoints(folder)))):
+        fault, found = "", None
         try:
-            manifest = _checked_manifest(path)
-            values = weights.read(path / weights.folder)
-            average = weights.read(path / AVERAGE) if with_average else None
-            state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-            update = int(manifest["update"])
+            found = _read(path, weights, optimizer, with_average, ranks.watch is None)
+        except LostRank:
+            raise
         except Exception as error:  # damage shows in as many ways as there are readers; it is told
-            skipped.append(f"{path.name}: {error}")
-            continue
-        return Checkpoint(update, values, average, state, tuple(skipped))
+            fault = f"{path.name}: {error}"
+        faults = [fault for fault in ranks.gather(fault) if fault]
+        if not faults and found is not None:
+            return replace(found, skipped=tuple(skipped))
+        skipped.append(faults[0])
     if skipped:
         raise TrainingError(
             f"no checkpoint under {folder} can be loaded: " + "; ".join(skipped)
         )
     return None
+
+
+def _read(
+    path: Path,
+    weights: TrainedWeights,
+    optimizer: torch.optim.Optimizer | None,
+    with_average: bool,
+    alone: bool,
+) -> Checkpoint:
+    manifest = _checked_manifest(path)
+    values = weights.read(path / weights.folder)
+    average = weights.read(path / AVERAGE) if with_average else None
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    if optimizer is not None:
+        state["optimizer"] = read_optimizer(
+            path / OPTIMIZER, state["optimizer"], optimizer, weights.parameters, alone
+        )
+    return Checkpoint(int(manifest["update"]), values, average, state, ())

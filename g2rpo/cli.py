@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -85,15 +86,23 @@ def train(arguments: list[str]) -> int:
         config = resumed_config(parser, run_dir, rest)
     else:
         config, name = named_config(parser, rest)
+        if config.train.output is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+            raise ConfigurationError(
+                "train.output is null, and torchrun may restart this run (--max-restarts); "
+                "expected a directory, in which it finds itself again"
+            )
         name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         run_dir = Path(config.train.output or Path("runs") / name)
-        config.train.output = str(run_dir)
     config.validate()
     from . import run
+    from .distributed import joined
 
-    if resumed is not None:
-        return run.resume(config, run_dir)
-    return run.start(config, run_dir, overwrite=options["--overwrite"] is not None)
+    with joined(config.distributed.timeout, config.model.device) as ranks:
+        run_dir = ranks.from_lead(run_dir)  # its name may have the time in it
+        config.train.output = str(run_dir)
+        if resumed is not None:
+            return run.resume(config, run_dir, ranks)
+        return run.start(config, run_dir, overwrite=options["--overwrite"] is not None, ranks=ranks)
 
 
 def embed(arguments: list[str]) -> int:

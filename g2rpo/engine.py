@@ -20,6 +20,7 @@ import g2rpo_kernels as gk
 
 from .completions import CompletionBatch
 from .config import Config
+from .distributed.replica import Replica
 from .errors import ConfigurationError
 from .metrics import size
 from .policy import Conditions, FluxPolicy
@@ -38,6 +39,8 @@ class CompletionEngine:
     policy: with the weights and adapters that are trained. sigmas: of the schedule, what
     `CompletionBatch.sigma_index` counts. on_message(text): what a person should know.
 
+    replica: of a sharded transformer, which makes them then; None: the policy itself does.
+
     precision: a context manager within which the forwards are made.
 
     Raises ConfigurationError for a precision or engine that this device cannot do.
@@ -49,16 +52,23 @@ class CompletionEngine:
         policy: FluxPolicy,
         sigmas: Tensor,  # float32 [T + 1] on the policy's device
         on_message: Callable[[str], None],
+        replica: Replica | None = None,
     ) -> None:
         self.policy, self.sigmas, self._trained = policy, sigmas, policy.transformer
         self.precision: AbstractContextManager[Any] = nullcontext()
-        if config.rollout.precision == "bfloat16":
+        self._replica, fp8 = replica, config.rollout.precision == "fp8"
+        self._choose = not fp8 and config.rollout.precision is None  # may do without the replica
+        self._given, self._say = policy, on_message
+        if replica is not None:
+            self.policy = replica.policy
+        elif config.rollout.precision == "bfloat16":
             self.policy = _bfloat16_copy(policy)
-        if config.rollout.precision == "fp8":
-            self.precision = fp8_rollout(policy.transformer, policy.device)
+        if fp8:
+            weights = None if replica is None else replica.block
+            self.precision = fp8_rollout(self.policy.transformer, policy.device, weights)
             self._release()  # now it is known that they fit
         self._rollout: gk.FluxRollout | None = None
-        if config.model.fuse:
+        if config.model.fuse and not self.policy.sharded:
             mode = _mode(config.rollout.engine, policy.device)
             self._rollout = gk.FluxRollout(
                 self.policy.transformer, policy.image_ids, policy.guidance, mode,
@@ -76,21 +86,38 @@ class CompletionEngine:
     def of(self, conditions: Conditions) -> Iterator[Predict]:
         """Within the block, what it gives predicts velocities under these conditions, with the
         weights of now."""
+        self._choose_once()
         self._refresh()
+        replica, fp8 = self._replica, isinstance(self.precision, gk.Fp8Rollout)
+        filled = nullcontext() if replica is None else replica.filled(all_weights=not fp8)
         try:
-            with self.precision:
+            with filled, self.precision:
                 if (rollout := self._rollout) is None:
                     yield plain_forward(self.policy, conditions)
                     return
                 with rollout.of(self.sigmas, conditions.prompt_embeds, conditions.pooled_embeds):
+                    if replica is not None:
+                        replica.drop_modulations()
                     yield lambda latents, batch: rollout(latents, batch.prompts, batch.sigma_index)
         finally:
             self._release()
 
+    def _choose_once(self) -> None:
+        """Whether the replica is used, at the first rollout: by then memory is as it will be."""
+        if self._replica is None or not self._choose:
+            return
+        self._choose = False
+        if not self._replica.fits():
+            self._say(
+                f"The weights' whole copy, {size(self._replica.nbytes)}, does not fit every GPU: "
+                "completions gather the weights in every forward (distributed.gather auto)"
+            )
+            self.policy, self._replica, self._rollout = self._given, None, None
+
     @torch.no_grad()
     def _refresh(self) -> None:
         """The weights of now, in a copy's own precision."""
-        if self.policy.dtype != next(self._trained.parameters()).dtype:
+        if self._replica is None and self.policy.dtype != next(self._trained.parameters()).dtype:
             ours = self.policy.transformer.parameters()
             for mine, trained in zip(ours, self._trained.parameters(), strict=True):
                 mine.copy_(trained)
@@ -126,14 +153,19 @@ def _mode(engine: str, device: torch.device) -> str:
     return engine
 
 
-def fp8_rollout(transformer: nn.Module, device: torch.device) -> gk.Fp8Rollout:
-    """FP8 completions on a GPU that can, the same numbers emulated on a CPU.
+def fp8_rollout(
+    transformer: nn.Module,
+    device: torch.device,
+    weights: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
+) -> gk.Fp8Rollout:
+    """FP8 completions on a GPU that can, the same numbers emulated on a CPU. weights: as
+    `gk.Fp8Rollout` takes it.
 
     Raises ConfigurationError on a GPU that cannot, where the emulation would only be slow, and
     where the copies of the weights do not fit.
     """
     try:
-        return gk.Fp8Rollout(transformer, emulate=device.type == "cpu")
+        return gk.Fp8Rollout(transformer, device.type == "cpu", weights)
     except torch.OutOfMemoryError as error:
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         # Adapters are merged into the copies; modulations, which are norms' linears, have none.

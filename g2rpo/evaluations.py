@@ -41,7 +41,8 @@ class Evaluations:
         self.ended = ""
         self._rows: list[Row] = []  # with an evaluation, in order
         self._start: Tensor | None = None  # [R, M], scores of the starting policy
-        self._tell_of_prompts()
+        if trainer.ranks.lead:
+            self._tell_of_prompts()
 
     def resume(self, rows: Sequence[Row]) -> None:
         """Take over the rows of a run that is being continued, and the scores it started with."""
@@ -66,6 +67,8 @@ class Evaluations:
         """Metrics keys of an evaluation at this update; all else is in the directory by then."""
         trainer, number = self.trainer, self.trainer.updates
         row, images, scores = trainer.evaluate(self._start)
+        if images is None:  # another rank writes
+            return row
         scores = scores.cpu()
         if number == 0:
             self._start = scores

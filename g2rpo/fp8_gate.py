@@ -65,10 +65,10 @@ def measure(trainer: Trainer, updates: int = 1) -> Agreement:
             engine.precision = precision
             rollout = trainer.roll_out(number, ids, conditions)
             with trainer.scoring():
-                rewards, _ = score_rollout(
+                rewards = score_rollout(
                     trainer.model, rollout.finished, rollout.anchors, prompts, trainer.trained,
                     trainer.sampling.branch_batch,
-                )  # fmt: skip
+                ).images  # fmt: skip
             advantages = integrate_advantages(rewards, config.rollout.group_size, weights)
             found[name] = rollout.finished, rewards, advantages.values
         engine.precision, chunks = fp8, rollout.chunks

@@ -17,6 +17,8 @@ from torch import Tensor
 import g2rpo_kernels as gk
 
 from .config import Config
+from .distributed.layout import Layout
+from .distributed.shards import local
 from .optimizers import make_optimizer, modulation_linears
 from .policy import Conditions, FluxPolicy
 from .rollout import Step, Steps
@@ -46,17 +48,21 @@ class Improver:
         config: Config,
         policy: FluxPolicy,
         weights: TrainedWeights,
+        layout: Layout,
         on_evaluations: Callable[[int], None],
     ) -> None:
         self.policy, self.weights, self.objective = policy, weights, config.objective
+        self.layout = layout
         self.on_evaluations = on_evaluations
         self.parameters = list(weights.parameters.values())
         self.max_grad_norm = config.optimizer.max_grad_norm
-        self.optimizer = make_optimizer(config.optimizer, weights.parameters, config.train.seed)
+        self.optimizer = make_optimizer(
+            config.optimizer, weights.parameters, config.train.seed, layout.sharded
+        )
         # Takes gradients as factors, and a scale that clips them as it steps.
         self.eight_bit = config.optimizer.name == "adamw8bit"
         self.offloads = config.optimizer.offload
-        if self.eight_bit and isinstance(weights, FullWeights):
+        if self.eight_bit and isinstance(weights, FullWeights) and not layout.sharded:
             gk.factor_gradients(modulation_linears(policy.transformer))
         self.broken_parameters: dict[str, None] = {}  # of this update, in their order
         self.stepping = False  # a step has begun: the weights may be no update's
@@ -79,9 +85,11 @@ class Improver:
             for (rows, steps), reference in zip(chunks, references[index], strict=True):
                 step = steps.step(index)
                 out = self._loss(step, conditions[rows], advantages[rows, index], reference)
-                # From the mean over this chunk's rows to its share of the mean over all rows and,
-                # when positions are accumulated, over positions.
-                share = len(step.latents) / len(conditions)
+                # From the mean over this chunk's rows to its share of the mean over all ranks' rows
+                # and, when positions are accumulated, over positions.
+                share = len(step.latents) / (len(conditions) * self.layout.count)
+                last_of_step = per_position or index == positions - 1
+                self.layout.before_backward(last_of_step and rows is chunks[-1][0])
                 (out.loss * (share if per_position else share / positions)).backward()
                 losses.append(out._replace(loss=out.loss.detach()))
                 rows_of.append(rows)
@@ -141,6 +149,7 @@ class Improver:
 
     def _step(self) -> float:
         """Clip and step. A gradient that is zero or not finite moves nothing: it says nothing."""
+        self.layout.reduce(self.parameters)
         norm = gk.total_grad_norm(self.parameters)
         value = float(norm)  # the one time that the host waits
         if self.offloads and value != 0:
@@ -151,7 +160,10 @@ class Improver:
                 self.stepping = True
                 self.optimizer.step(grad_scale=scale)
             else:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
+                # As torch's clip_grads_with_norm_, of this rank's parts.
+                scale = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
+                gradients = [p.grad for p in self.parameters if p.grad is not None]
+                torch._foreach_mul_([local(gradient) for gradient in gradients], scale)
                 self.stepping = True
                 self.optimizer.step()
         elif value != 0 and self.eight_bit:  # skipped for such a scale, but counted and named

@@ -29,8 +29,10 @@ that update alone. A number that is not finite is null. Update 0, the state befo
     skipped_updates      updates so far whose every gradient was 0 or not finite: no weight moved;
                          one whose rollout was not finite has no scores either
     seconds/<phase>      s of wall clock: prompts (their embedding), anchor, completions, rewards,
-                         update, evaluation
-    peak_memory_bytes    bytes, of this process so far: allocated on the GPU, or else resident
+                         update, evaluation; waiting, of several ranks: for the others' draws. Of
+                         several the longest
+    peak_memory_bytes    bytes, of this process so far: allocated on the GPU, or else resident; of
+                         several ranks the largest
 
     anchor/<reward>/mean           images of the deterministic anchors, one a prompt
     rollout/<reward>/mean, /std    images of the finished branches, all positions and granularities

@@ -54,9 +54,18 @@ class DigitsModel:
 
 
 def choose_device(name: str) -> torch.device:
-    """model.device -> a device that is there."""
+    """model.device -> a device that is there; of several GPUs, where torchrun has started several
+    processes here, that of this process."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise ConfigurationError(
+                f"this is process {local + 1} of this machine (LOCAL_RANK {local}), which has "
+                f"{count} GPUs; expected torchrun --nproc-per-node {count}"
+            )
+        name = f"cuda:{local}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

@@ -83,13 +83,20 @@ def _by_one_std(
     return total
 
 
-def summarise_losses(losses: Sequence[gk.PolicyLoss], with_kl: bool = False) -> dict[str, float]:
-    """The metrics row's keys over the policy losses of one update, in one transfer: means over
+def loss_table(losses: Sequence[gk.PolicyLoss]) -> Tensor:
+    """The statistics of policy losses, a row each, and of how many branches: float64 [n, 7], on the
+    CPU, in one transfer."""
+    table = torch.stack([torch.cat([out.loss.view(1), out.statistics]) for out in losses])
+    branches = torch.tensor([out.log_prob.numel() for out in losses], dtype=torch.float64)
+    return torch.cat([table.double().cpu(), branches[:, None]], dim=1)
+
+
+def summarise_losses(table: Tensor, with_kl: bool = False) -> dict[str, float]:
+    """The metrics row's keys over all the policy losses of one update, of every rank: means over
     branches, however they were cut into forwards, and of ratio_max the largest. A NaN in any of
     them is a NaN in the row. with_kl: there is a KL term."""
-    table = torch.stack([torch.cat([out.loss.view(1), out.statistics]) for out in losses]).double()
-    branches = table.new_tensor([out.log_prob.numel() for out in losses])
-    means = (table * branches[:, None]).sum(0) / branches.sum()
+    branches = table[:, 6]
+    means = (table[:, :6] * branches[:, None]).sum(0) / branches.sum()
     loss, ratio_mean, _, clip_fraction, approx_kl, kl = means.tolist()
     return {
         "loss": loss,

@@ -24,17 +24,28 @@ from .errors import ConfigurationError
 from .seeds import hash_seed
 from .streamed_adamw import StreamedAdamW
 
+SHARDS = ("adamw", "adamw8bit")  # those that step parts of parameters
+
 
 def make_optimizer(
-    config: OptimizerConfig, parameters: Mapping[str, nn.Parameter], seed: int
+    config: OptimizerConfig,
+    parameters: Mapping[str, nn.Parameter],
+    seed: int,
+    sharded: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer `config.name` names, of these parameters by name.
 
-    seed: of its rounding, where that is stochastic (adamw8bit, torchao).
+    seed: of its rounding, where that is stochastic (adamw8bit, torchao). sharded: whether they are
+    DTensors of FSDP2.
 
-    Raises ConfigurationError where a package is missing or the parameters are of a dtype it
-    cannot train.
+    Raises ConfigurationError where a package is missing or the parameters are of a dtype or a
+    layout it cannot train.
     """
+    if sharded and config.name not in SHARDS:
+        raise ConfigurationError(
+            f"optimizer.name is {config.name!r} with sharded weights; expected "
+            f"{' or '.join(map(repr, SHARDS))}, or distributed.strategy 'replicate'"
+        )
     given: dict[str, Any] = {
         "lr": config.lr,
         "betas": tuple(config.betas),

@@ -71,6 +71,7 @@ class FluxPolicy:
         # Of the forward: that of the weights as they are now. Adapters added later have their own.
         self.dtype = next(transformer.parameters()).dtype
         self.guidance = guidance if transformer.config.guidance_embeds else None
+        self.sharded = False  # whether FSDP has its weights
 
     @property
     def device(self) -> torch.device:
@@ -104,7 +105,8 @@ class FluxPolicy:
         inference_mode spares a small model 4 to 15 % of its time over no_grad. The clone is an
         ordinary tensor again, which the update may save for its backward.
         """
-        with torch.inference_mode():
+        # FSDP's gathered weights must be ordinary tensors, which the update's backward may save.
+        with torch.no_grad() if self.sharded else torch.inference_mode():
             velocity = self.velocity(latents, sigma, conditions)
         return velocity.clone()
 

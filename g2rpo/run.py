@@ -10,16 +10,18 @@
 
 `start` begins a run in a new directory; `resume` goes on from its newest whole checkpoint, as if
 nothing had happened: weights, optimizer and draws are bit for bit those of an undisturbed run.
+Several ranks run this side by side: the lead alone writes and shows, but for checkpoints.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -31,16 +33,18 @@ import yaml
 from . import hacking
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import Config
+from .distributed import ALONE, Ranks
 from .errors import ConfigurationError, TrainingError
 from .evaluations import Evaluations
 from .lock import alone
 from .metrics import MetricsLog, closing_line, write_beside
 from .models import be_deterministic, choose_device, load_model
 from .optimizers import rounds_to_nearest
+from .policy import Model
 from .report import write_report
 from .rewards.build import make_rewards
 from .trackers import make_tracker
-from .tracking import Display
+from .tracking import Display, Quiet
 from .trainer import Interrupted, Trainer
 
 CONTENTS = (
@@ -50,7 +54,8 @@ CONTENTS = (
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM ask the run to stop at the next safe point; a second Ctrl-C insists."""
+    """Ctrl-C and SIGTERM ask the run to stop at the next safe point; a second Ctrl-C insists. A
+    second SIGTERM does not: a cluster's manager and torchrun may each send one."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -63,14 +68,16 @@ class StopRequest:
         return 128 + self.signal if self.signal is not None else 0
 
     @contextmanager
-    def listening(self, display: Display) -> Iterator[None]:
+    def listening(self, display: Display | Quiet) -> Iterator[None]:
         if threading.current_thread() is not threading.main_thread():
             yield  # Python hands signals to the main thread only
             return
 
         def handle(number: int, frame: FrameType | None) -> None:
             if self:
-                raise KeyboardInterrupt
+                if number == signal.SIGINT:
+                    raise KeyboardInterrupt
+                return
             self.signal = number
             display.message("Stopping with a checkpoint; once more to stop at once.")
 
@@ -86,37 +93,47 @@ def holds_run(run_dir: Path) -> bool:
     return any((run_dir / name).exists() for name in CONTENTS)
 
 
-def start(config: Config, run_dir: Path, *, overwrite: bool = False) -> int:
+def start(
+    config: Config, run_dir: Path, *, overwrite: bool = False, ranks: Ranks = ALONE
+) -> int:
     """Train from the beginning in `run_dir`. Returns an exit code: 0, or 128 + signal.
 
+    Where torchrun has restarted the ranks, goes on with the run they have begun there.
     Raises ConfigurationError when run_dir holds another run, unless overwrite removes that first.
     """
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigurationError(f"train.output is {str(run_dir)!r}, a file; expected a directory")
-    if holds_run(run_dir) and not overwrite:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    begun = ranks.from_lead(holds_run(run_dir))
+    if begun and restarted:
+        return resume(config, run_dir, ranks)
+    if begun and not overwrite:
         raise ConfigurationError(
             f"train.output is {str(run_dir)!r}, which holds another run; expected a new "
             f"directory, or --overwrite, or `g2rpo train --resume {run_dir}`"
         )
-    run = _Run(config, run_dir)  # all that can be wrong is found before anything is written
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigurationError(
-            f"train.output is {str(run_dir)!r}; expected a directory that can be made: {error}"
-        ) from error
-    with _alone(run_dir):
-        if overwrite:
+    run = _Run(config, run_dir, ranks)  # all that can be wrong is found before anything is written
+    if ranks.lead:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigurationError(
+                f"train.output is {str(run_dir)!r}; expected a directory that can be made: {error}"
+            ) from error
+    with _alone(run_dir) if ranks.lead else nullcontext():
+        if overwrite and ranks.lead:
             for name in CONTENTS:
                 path = run_dir / name
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        ranks.meet()
         return run.train()
 
 
-def resume(config: Config, run_dir: Path) -> int:
+def resume(config: Config, run_dir: Path, ranks: Ranks = ALONE) -> int:
     """Go on with the run in `run_dir`; config is its own, with what may change changed."""
-    with _alone(run_dir):
-        return _Run(config, run_dir).train()
+    with _alone(run_dir) if ranks.lead else nullcontext():
+        ranks.meet()
+        return _Run(config, run_dir, ranks).train()
 
 
 def _alone(run_dir: Path) -> AbstractContextManager[None]:
@@ -142,20 +159,33 @@ def write_config(config: Config, run_dir: Path) -> None:
 class _Run:
     """One process's share of a run: the trainer, its directory, and the person watching."""
 
-    def __init__(self, config: Config, run_dir: Path) -> None:
-        self.run_dir, self.log = run_dir, MetricsLog(run_dir / "metrics.jsonl")
+    def __init__(self, config: Config, run_dir: Path, ranks: Ranks) -> None:
+        self.run_dir, self.log, self.ranks = run_dir, MetricsLog(run_dir / "metrics.jsonl"), ranks
         self.stop = StopRequest()
         if config.train.deterministic:
             be_deterministic(choose_device(config.model.device))
-        self.display: Display | None = None
+        self.display: Display | Quiet | None = None
         rewards = make_rewards(config, self._say)  # first: a typing error should not cost a model
-        model = load_model(config, on_step=_announce_pretraining, on_message=self._say)
-        self.trainer = Trainer(config, model, rewards, should_stop=lambda: bool(self.stop))
-        self.display = Display(config.train.updates, self.trainer.evaluations_per_update)
+        model = load_model(config, on_step=self._announce_pretraining, on_message=self._say)
+        _agree_on_attention(config, model, ranks)
+        self.trainer = Trainer(
+            config, model, rewards, should_stop=lambda: bool(self.stop), ranks=ranks
+        )
+        if ranks.lead:
+            self.display = Display(config.train.updates, self.trainer.evaluations_per_update)
+        else:
+            self.display = Quiet(f"rank {ranks.rank}")
         self.trainer.on_phase = self.display.phase
         self.trainer.on_evaluations = self.display.advance
         self.trainer.on_message = self._say
-        if (
+        self._tell_what_is_odd()
+        self.evaluations = Evaluations(run_dir, self.trainer, self._say)
+        self.saved = 0  # update of the newest checkpoint that can be trusted
+        self.finished = True  # its update's row stands in the log, evaluated if that was due
+
+    def _tell_what_is_odd(self) -> None:
+        config, ranks = self.trainer.config, self.ranks
+        if ranks.lead and (
             self.trainer.policy.dtype == torch.bfloat16
             and config.model.lora.rank == 0
             and rounds_to_nearest(config.optimizer.name)
@@ -167,37 +197,61 @@ class _Run:
                 "Expect little to move; optimizer.name adamw8bit, model.dtype float32 or "
                 "model.lora.rank > 0 trains as it should"
             )
-        self.evaluations = Evaluations(run_dir, self.trainer, self._say)
-        self.saved = 0  # update of the newest checkpoint that can be trusted
-        self.finished = True  # its update's row stands in the log, evaluated if that was due
+        strategy = config.distributed.strategy
+        if ranks.watch is None and strategy != "replicate":
+            self._say(
+                f"distributed.strategy is {strategy!r}, and this process is alone: it holds the "
+                "whole model. torchrun starts several"
+            )
+        if ranks.lead and ranks.count > 1:
+            self._say(f"{ranks.count} ranks, distributed.strategy {strategy}")
 
     def _say(self, text: str) -> None:
-        """To whoever watches: above the progress, once there is one."""
-        if self.display is None:
-            print(text, flush=True)
-        else:
+        """To whoever watches: above the progress, once there is one. Before, all ranks would say
+        the same."""
+        if self.display is not None:
             self.display.message(text)
+        elif self.ranks.lead:
+            print(text, flush=True)
+
+    def _announce_pretraining(self, step: int, steps: int, loss: float) -> None:
+        if step == 1:
+            self._say("Pre-training the digits model by flow matching (once, then cached)")
+        if step % 50 == 0 or step == steps:
+            self._say(f"  step {step}/{steps}, loss {loss:.3f}")
 
     def train(self) -> int:
         with self.display, self.stop.listening(self.display):
             self._restore()
             config = self.trainer.config
-            write_config(config, self.run_dir)  # not before: a resume may be refused
+            if self.ranks.lead:
+                write_config(config, self.run_dir)  # not before: a resume may be refused
             first = self.trainer.updates + self.finished * (self.trainer.updates > 0)
+            tracker = config.train.tracker if self.ranks.lead else None
             self.tracker = make_tracker(
-                config.train.tracker, self.run_dir, config, first, on_message=self.display.message
+                tracker, self.run_dir, config, first, on_message=self.display.message
             )
             try:
-                self._loop()
-            except Interrupted:
-                pass  # the update in progress is left out
+                self._train()
             finally:
-                try:
-                    self._save()  # whatever ended the loop: what is complete is kept
-                finally:
-                    self.tracker.finish()
-        self._conclude()
+                self.tracker.finish()
+        if self.ranks.lead:
+            self._conclude()
         return self.stop.exit_code
+
+    def _train(self) -> None:
+        """The loop, and whatever ended it, a checkpoint of what is complete. Several ranks write
+        one together, so that where one has failed, the newest there is must do."""
+        together = False
+        try:
+            self._loop()
+            together = True
+        except Interrupted:
+            together = True  # the update in progress is left out
+            self.stop.signal = self.stop.signal or signal.SIGTERM  # another has had it
+        finally:
+            if together or self.ranks.count == 1:
+                self._save()
 
     def _restore(self) -> None:
         """Load the newest whole checkpoint, if there is one, and drop the rows that came after.
@@ -206,16 +260,17 @@ class _Run:
         """
         trainer = self.trainer
         checkpoint = load_checkpoint(
-            self.run_dir / "checkpoints", trainer.weights, with_average=trainer.average is not None
-        )
+            self.run_dir / "checkpoints", trainer.weights, trainer.improver.optimizer,
+            with_average=trainer.average is not None, ranks=self.ranks,
+        )  # fmt: skip
         if checkpoint is None:
-            if self.log.path.exists():
+            if self.ranks.lead and self.log.path.exists():
                 self.display.message(
                     f"{self.run_dir} has no checkpoint yet: starting from the beginning"
                 )
                 self.log.path.unlink()
             return
-        for skipped in checkpoint.skipped:
+        for skipped in checkpoint.skipped if self.ranks.lead else ():
             self.display.message(f"Checkpoint passed over, the one before it is used: {skipped}")
         if checkpoint.update > (updates := trainer.config.train.updates):
             raise ConfigurationError(
@@ -224,16 +279,22 @@ class _Run:
             )
         trainer.load_state_dict(checkpoint.state, checkpoint.weights, checkpoint.average)
         self.saved = checkpoint.update
+        if self.ranks.lead:
+            self._restore_rows(checkpoint.update)
+        self.finished = self.ranks.from_lead(self.finished)
+
+    def _restore_rows(self, update: int) -> None:
+        """Those up to the checkpoint's."""
         # The newest row is written again, from the checkpoint, where it has yet to be evaluated:
         # that failed or was interrupted, or is due only now that this is the last update.
-        row = next((r for r in self.log.rows() if r["update"] == checkpoint.update), {})
+        row = next((r for r in self.log.rows() if r["update"] == update), {})
         self.finished = "seconds/evaluation" in row or (bool(row) and not self._evaluation_is_due())
-        self.log.truncate(checkpoint.update if self.finished else checkpoint.update - 1)
+        self.log.truncate(update if self.finished else update - 1)
         rows = self.log.rows()
         self.evaluations.resume(rows)
         self.display.resume(rows)
         self.display.warn(self._warning())
-        self.display.message(f"Resuming after update {checkpoint.update}")
+        self.display.message(f"Resuming after update {update}")
 
     def _loop(self) -> None:
         trainer, train = self.trainer, self.trainer.config.train
@@ -242,23 +303,32 @@ class _Run:
             self._record(row | self.evaluations.evaluate(self.tracker))
         elif not self.finished:
             self._finish(trainer.row)
-        while trainer.updates < train.updates and not self.stop and not self.evaluations.ended:
+        while trainer.updates < train.updates and not self._is_to_end():
             self._finish(trainer.update())
             if trainer.updates % train.save_every == 0:
                 self._save()
             skipped = trainer.skipped_in_a_row
             if skipped and skipped % train.max_skipped == 0:
+                self._save()
                 raise TrainingError(
                     f"the last {skipped} updates were skipped, since none had a finite loss and "
                     "gradient (train.max_skipped); look at the prompts named above, a lower "
                     "optimizer.lr, model.dtype float32. A checkpoint has the weights as they are"
                 )
 
+    def _is_to_end(self) -> bool:
+        """Whether one of the ranks was asked to stop, or the watch over the rewards has ended it."""
+        if self.ranks.asked_to_stop and not self.stop:
+            self.stop.signal = signal.SIGTERM  # another has had it
+        return self.ranks.any(bool(self.stop) or bool(self.evaluations.ended))
+
     def _finish(self, row: dict[str, Any]) -> None:
         due = self._evaluation_is_due()
         self._record(row | self.evaluations.evaluate(self.tracker) if due else row)
 
     def _record(self, row: dict[str, Any]) -> None:
+        if not self.ranks.lead:
+            return
         self.log.append(row)
         self.display.warn(self._warning())
         self.display.row(row)
@@ -277,6 +347,7 @@ class _Run:
         if self.trainer.updates == self.saved or self.trainer.midway:
             return
         self.display.phase("checkpoint")
+        self.ranks.phase("checkpoint")
         average = self.trainer.average
         save_checkpoint(
             self.run_dir / "checkpoints",
@@ -285,6 +356,7 @@ class _Run:
             None if average is None else average.values,
             self.trainer.state_dict(),
             self.trainer.config.train.keep_last,
+            self.ranks,
         )
         self.saved = self.trainer.updates
 
@@ -302,8 +374,13 @@ class _Run:
             )
 
 
-def _announce_pretraining(step: int, steps: int, loss: float) -> None:
-    if step == 1:
-        print("Pre-training the digits model by flow matching (once, then cached)", flush=True)
-    if step % 50 == 0 or step == steps:
-        print(f"  step {step}/{steps}, loss {loss:.3f}", flush=True)
+def _agree_on_attention(config: Config, model: Model, ranks: Ranks) -> None:
+    """One attention for all ranks, where each has measured for itself."""
+    name = ranks.from_lead(config.model.attention)
+    if name != config.model.attention:
+        from .flux.attention import set_attention
+
+        tokens = model.latent_shape[0] + config.data.max_sequence_length
+        config.model.attention = set_attention(
+            model.policy.transformer, name, config.rollout.branch_batch, tokens
+        )

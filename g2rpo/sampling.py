@@ -49,7 +49,7 @@ class Rollout:
 
 
 class Sampling(ABC):
-    """One way to draw.
+    """One way to draw. prompts: that it draws in one update.
 
     branch_batch: rows of a forward that only draws. update_batch: of one that the update makes
     again, on the same rows in the same batch, so that its log-probabilities have the same bits.
@@ -57,11 +57,13 @@ class Sampling(ABC):
 
     update_phases: tuple[str, ...]  # those whose rows are update_batch
 
-    def __init__(self, config: Config, model: Model, sigmas: Tensor, phases: Phases) -> None:
+    def __init__(
+        self, config: Config, model: Model, sigmas: Tensor, phases: Phases, prompts: int
+    ) -> None:
         self.config, self.model, self.policy, self.phases = config, model, model.policy, phases
         self.sigmas = sigmas  # float32 [T + 1], on the device
         self.schedule = noise_schedule(config.rollout.steps, config.rollout.shift)  # on the host
-        self.prompts, self.seed = config.train.prompts_per_update, config.train.seed
+        self.prompts, self.seed = prompts, config.train.seed
         self.group_size = config.rollout.group_size
         self._coefficients: dict[tuple[int, ...], gk.StepCoefficients] = {}
         self.keep_velocity = config.objective.ratio == "normalised"
@@ -112,11 +114,11 @@ class SingularSampling(Sampling):
     update_phases = ("anchor", "update")
 
     def __init__(
-        self, config: Config, model: Model, sigmas: Tensor, phases: Phases,
-        on_message: Callable[[str], None],
+        self, config: Config, model: Model, sigmas: Tensor, phases: Phases, prompts: int,
+        engine: CompletionEngine,
     ) -> None:  # fmt: skip
-        super().__init__(config, model, sigmas, phases)
-        self.engine = CompletionEngine(config, self.policy, sigmas, on_message)
+        super().__init__(config, model, sigmas, phases, prompts)
+        self.engine = engine
         self._plans: dict[tuple[object, ...], CompletionPlan] = {}
 
     def _rows(self) -> int:
@@ -207,15 +209,6 @@ class TrajectorySampling(Sampling):
 
     def advantages(self, values: Tensor, steps: int) -> Tensor:  # [B, 1, G] -> [B * G, K, 1]
         return values.flatten()[:, None, None].expand(-1, steps, 1)
-
-
-def make_sampling(
-    config: Config, model: Model, sigmas: Tensor, phases: Phases, on_message: Callable[[str], None]
-) -> Sampling:
-    """The one that rollout.sampling names."""
-    if config.rollout.sampling == "trajectories":
-        return TrajectorySampling(config, model, sigmas, phases)
-    return SingularSampling(config, model, sigmas, phases, on_message)
 
 
 def evaluations_of_update(config: Config, update: int) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import g2rpo_kernels as gk
 
+from .distributed import Ranks
 from .policy import Model
 from .rewards import Reward, score
 from .rollout import run_ode
@@ -58,6 +60,35 @@ def score_finite(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tens
     return values
 
 
+@dataclass(frozen=True)
+class RolloutScores:
+    """What the rewards say of a rollout, on the device, float64; NaN where one failed."""
+
+    images: Tensor  # [R, J, B * G, K], of the images-to-be
+    anchors: Tensor | None  # [R, B], of the anchors' own images beside them
+    truncated: dict[str, int]  # by reward: prompts that it could not read all of
+
+    def of_all(self, ranks: Ranks) -> RolloutScores:
+        """Those of all ranks' prompts, in the order of the ranks."""
+        parts = ranks.gather(self.truncated)
+        return RolloutScores(
+            ranks.gather_rows(self.images, dim=2),
+            None if self.anchors is None else ranks.gather_rows(self.anchors, dim=1),
+            {name: sum(part[name] for part in parts) for name in self.truncated},
+        )
+
+    def row(self, rewards: Sequence[Reward]) -> dict[str, float]:
+        """Metrics keys."""
+        row: dict[str, float] = {}
+        for i, reward in enumerate(rewards):
+            name, values = reward.name, self.images[i]
+            if self.anchors is not None:
+                row[f"anchor/{name}/mean"], _ = mean_and_std(self.anchors[i])
+            row[f"rollout/{name}/mean"], row[f"rollout/{name}/std"] = mean_and_std(values)
+            row[f"rollout/{name}/failed"] = int((~values.isfinite()).sum())
+        return row | {f"truncated_prompts/{name}": n for name, n in self.truncated.items()}
+
+
 def score_rollout(
     model: Model,
     finished: Tensor,  # [J, B * G, K, *S]
@@ -65,25 +96,26 @@ def score_rollout(
     prompts: Sequence[str],  # B
     rewards: Sequence[Reward],  # R
     batch_size: int,
-) -> tuple[Tensor, dict[str, float]]:  # [R, J, B * G, K], metrics keys
-    """Rewards of all images-to-be, and of the anchors' own images beside them. Of the former also
-    how many have none, and what a reward that cannot read all of a prompt has counted."""
-    row: dict[str, float] = {}
+) -> RolloutScores:
+    """Rewards of all images-to-be, and of the anchors' own images beside them."""
+    of_anchors = None
     if anchors is not None:
-        scores = score_latents(model, anchors, prompts, rewards, batch_size)
-        for reward, values in zip(rewards, scores, strict=True):
-            row[f"anchor/{reward.name}/mean"], _ = mean_and_std(values)
+        of_anchors = score_latents(model, anchors, prompts, rewards, batch_size)
     shape = finished.shape[:3]
     per_prompt = shape[1] * shape[2] // len(prompts)
     captions = [p for p in prompts for _ in range(per_prompt)] * shape[0]
     scores = score_latents(model, finished.flatten(0, 2), captions, rewards, batch_size)
-    for reward, values in zip(rewards, scores, strict=True):
-        mean, std = mean_and_std(values)
-        row[f"rollout/{reward.name}/mean"], row[f"rollout/{reward.name}/std"] = mean, std
-        row[f"rollout/{reward.name}/failed"] = int((~values.isfinite()).sum())
-        if hasattr(reward.function, "truncated_prompts"):
-            row[f"truncated_prompts/{reward.name}"] = int(reward.function.truncated_prompts)
-    return scores.view(-1, *shape), row
+    return RolloutScores(scores.view(-1, *shape), of_anchors, truncated_prompts(rewards))
+
+
+def truncated_prompts(rewards: Sequence[Reward]) -> dict[str, int]:
+    """By reward: what those that cannot read all of a prompt have counted so far."""
+    functions = {reward.name: reward.function for reward in rewards}
+    return {
+        name: int(function.truncated_prompts)
+        for name, function in functions.items()
+        if hasattr(function, "truncated_prompts")
+    }
 
 
 @torch.no_grad()
@@ -92,19 +124,49 @@ def sample_policy(
     prompts: Sequence[str],  # M, one an image
     sigmas: Tensor,  # float32 [T + 1]
     batch_size: int,
-    first: int = 0,
+    places: Sequence[int] | None = None,
 ) -> Tensor:  # [M, 3 or 1, H, W]
     """Deterministic samples of these prompts from fixed noises, the same in every run and for every
-    policy: images of one place in two such lists are a pair. first: place of the first of them, for
-    a list that is drawn in parts."""
+    policy: images of one place in two such lists are a pair. places: of these prompts in a list
+    that is drawn in parts; None: it is all of the list."""
     policy = model.policy
-    seeds = evaluation_seeds(first + len(prompts))[first:]
+    places = range(len(prompts)) if places is None else places
+    seeds = evaluation_seeds(max(places) + 1)[list(places)]
     noise = gk.normal(seeds.to(policy.device), model.latent_shape)
     images = []
     for rows in row_slices(len(prompts), batch_size):
         *_, (_, _, _, latents) = run_ode(policy, noise[rows], model.embed(prompts[rows]), sigmas)
         images.append(model.decode(latents))
     return torch.cat(images)
+
+
+def evaluate_policy(
+    model: Model,
+    prompts: Sequence[str],  # M
+    sigmas: Tensor,  # float32 [T + 1]
+    rewards: Sequence[Reward],  # R
+    batch_size: int,
+    ranks: Ranks,
+    start: Tensor | None = None,  # [R, M], the starting policy's
+) -> tuple[dict[str, float], Tensor | None, Tensor]:
+    """The fixed evaluation, drawn and scored by all ranks: metrics keys and images [M, C, H, W],
+    both the lead's alone, and scores, float64 [R, M]."""
+    # As many for each rank, whose forwards may be collective; those past the end are left out.
+    each = -(-len(prompts) // ranks.count)
+    places = [(ranks.rank * each + i) % len(prompts) for i in range(each)]
+    mine = [prompts[place] for place in places]
+    images = sample_policy(model, mine, sigmas, batch_size, places)
+    scores = score_images(images, mine, rewards, batch_size)
+    scores = ranks.gather_rows(scores, dim=1)[:, : len(prompts)]
+    everyones = ranks.rows_to_lead(images)
+    if everyones is None:
+        return {}, None, scores
+    everyones = everyones[: len(prompts)]
+    row = evaluation_row(everyones, prompts, rewards, scores, start)
+    if hasattr(model, "image_metrics"):
+        measured = model.image_metrics(everyones, prompts)
+        row |= {f"images/{name}/mean": value for name, value in measured.items()}
+    return row, everyones, scores
 
 
 def score_images(
@@ -148,8 +210,7 @@ def evaluation_row(
         row[f"{key}/failed"] = int((~values.isfinite()).sum())
         if start is not None:
             row[f"{key}/win_rate"] = win_rate(values, start[i])
-        if hasattr(reward.function, "truncated_prompts"):
-            row[f"truncated_prompts/{reward.name}"] = int(reward.function.truncated_prompts)
+    row |= {f"truncated_prompts/{name}": n for name, n in truncated_prompts(rewards).items()}
     if len(set(prompts)) < len(prompts):
         row["images/diversity/mean"] = diversity(images, prompts)
     return row

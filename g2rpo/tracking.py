@@ -248,6 +248,29 @@ class Display:
             yield from console.render(renderable, options)
 
 
+class Quiet:
+    """What other ranks have for a Display: what they have to say goes to standard error, and the
+    lead's display shows the rest. name: of the rank."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> Quiet:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def message(self, text: str) -> None:
+        print(f"{self.name}: {text}", file=sys.stderr, flush=True)
+
+    def phase(self, name: str) -> None:
+        pass
+
+    def advance(self, evaluations: int) -> None:
+        pass
+
+
 def _latest(change: Change, arrow: str | None = None) -> str:
     """The newest value, after the first one if there is an arrow, with the change since then."""
     if change.difference is None:

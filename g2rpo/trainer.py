@@ -11,6 +11,9 @@ One update, in order (arXiv 2510.01982):
 The anchor's velocities come from the same forward on the same rows in the same batch as those of
 the update, so under `stepping: accumulate` the importance ratio is exactly 1. `sampling` has this
 way to draw and that of the other methods, whose runs are stochastic at many steps.
+
+Several ranks share an update's prompts: each rolls out and scores its own, all know all scores, and
+what a rank's own prompts teach adds up to one gradient.
 """
 
 from __future__ import annotations
@@ -27,31 +30,24 @@ from torch import Tensor
 
 import g2rpo_kernels as gk
 
+from . import trainer_state
 from .config import Config
 from .data import PromptSampler
+from .distributed import ALONE, Ranks
+from .distributed.layout import make_layout
+from .engine import CompletionEngine
 from .errors import ConfigurationError
 from .improve import Improver
 from .memory import peak_memory_bytes, refuse, within_memory
-from .objective import Advantages, integrate_advantages, summarise_losses
+from .objective import Advantages, integrate_advantages, loss_table, summarise_losses
 from .phases import Phases
 from .policy import Conditions, Model
 from .rewards import Reward
 from .rollout import Steps
-from .sampling import Rollout, make_sampling
+from .sampling import Rollout, SingularSampling, TrajectorySampling
 from .schedule import noise_schedule
-from .scoring import (
-    evaluation_row,
-    sample_policy,
-    score_images,
-    score_rollout,
-)
+from .scoring import RolloutScores, evaluate_policy, score_rollout
 from .weights import MovingAverage, assign, make_weights
-
-# Attributes of the trainer that a checkpoint keeps as they are.
-STATE = (
-    "updates", "evaluations", "skipped_updates", "skipped_in_a_row", "seconds", "row",
-)  # fmt: skip
-BATCHES = {"branch_batch": "branch_batch", "anchor_batch": "update_batch"}  # and of its sampling
 
 
 class Interrupted(Exception):
@@ -64,6 +60,7 @@ class Trainer:
     config: validated. model: see `policy.Model`. rewards: at least one that is trained.
     on_phase(name), on_evaluations(rows): progress. on_message(text): what a person should know.
     should_stop(): asked between batches of the rollout; True abandons it with `Interrupted`.
+    ranks: the processes that share this run. Each has a Trainer, and calls its methods as they do.
     """
 
     def __init__(
@@ -76,8 +73,9 @@ class Trainer:
         on_evaluations: Callable[[int], None] = lambda rows: None,
         on_message: Callable[[str], None] = lambda text: None,
         should_stop: Callable[[], bool] = lambda: False,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.model, self.policy = config, model, model.policy
+        self.config, self.model, self.policy, self.ranks = config, model, model.policy, ranks
         self.rewards = list(rewards)
         self.trained = [reward for reward in rewards if not reward.heldout]
         self.on_phase, self.on_evaluations, self.on_message = on_phase, on_evaluations, on_message
@@ -94,15 +92,26 @@ class Trainer:
         self.weights = make_weights(
             self.policy.transformer, config.model.lora, train.seed, bool(config.objective.kl)
         )
-        self.phases = Phases(device, lambda name: self.on_phase(name))
-        self.sampling = make_sampling(
-            config, model, self.sigmas, self.phases, lambda text: self.on_message(text)
-        )
+        say = lambda text: self.on_message(text)  # noqa: E731  (as it is when it is called)
+        self.layout, replica = make_layout(config, self.policy, self.weights, ranks)
+        self.phases = Phases(device, self._enter)
+        if train.prompts_per_update % ranks.count:
+            raise ConfigurationError(
+                f"train.prompts_per_update is {train.prompts_per_update}; expected a multiple of "
+                f"the {ranks.count} ranks, which share them equally"
+            )
+        prompts = train.prompts_per_update // ranks.count
+        shared = config, model, self.sigmas, self.phases, prompts
+        if rollout.sampling == "trajectories":
+            self.sampling = TrajectorySampling(*shared)
+        else:
+            engine = CompletionEngine(config, self.policy, self.sigmas, say, replica)
+            self.sampling = SingularSampling(*shared, engine)
         self.average = None
         if train.ema is not None:
             self.average = MovingAverage(self.weights.parameters, train.ema)
         self.improver = Improver(
-            config, self.policy, self.weights, lambda rows: self.on_evaluations(rows)
+            config, self.policy, self.weights, self.layout, lambda rows: self._count(rows)
         )
         self.updates = self.evaluations = self.skipped_updates = self.skipped_in_a_row = 0
         self.seconds = 0.0
@@ -132,9 +141,11 @@ class Trainer:
         """
         return within_memory(self._update, self._make_room)
 
-    def evaluate(self, start: Tensor | None = None) -> tuple[dict[str, Any], Tensor, Tensor]:
+    def evaluate(
+        self, start: Tensor | None = None
+    ) -> tuple[dict[str, Any], Tensor | None, Tensor]:
         """The fixed evaluation, an image of each of the M `evaluation_prompts`: metrics keys,
-        images [M, C, H, W] and scores, float64 [R, M].
+        images [M, C, H, W] and scores, float64 [R, M]. Keys and images are the lead's alone.
 
         start: scores of the starting policy, for win rates. Of the weights' moving average, if one
         is kept. Evaluations made here are not training and are not counted.
@@ -143,16 +154,7 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """All that an undisturbed run would go on with, the weights and their average apart."""
-        state = {
-            "optimizer": self.improver.optimizer.state_dict(),
-            "prompts": self.sampler.prompts,
-            "evaluation_prompts": self.evaluation_prompts,
-            **{name: getattr(self, name) for name in STATE},
-            **{key: getattr(self.sampling, name) for key, name in BATCHES.items()},
-        }
-        if hasattr(self.model, "state_dict"):
-            state["model"] = self.model.state_dict()
-        return state
+        return trainer_state.collect(self)
 
     def load_state_dict(
         self,
@@ -164,51 +166,38 @@ class Trainer:
 
         Raises ConfigurationError for other prompts: their ids decide what every update draws.
         """
-        if state["prompts"] != self.sampler.prompts:
-            raise ConfigurationError(
-                f"data.prompts is {self.config.data.prompts!r}, which holds "
-                f"{len(self.sampler.prompts)} prompts; expected the {len(state['prompts'])} that "
-                "the run was started with, in their order"
-            )
-        evaluated = state.get("evaluation_prompts", self.evaluation_prompts)  # older ones lack it
-        if evaluated != self.evaluation_prompts:
-            raise ConfigurationError(
-                f"data.evaluation_prompts is {self.config.data.evaluation_prompts!r}, whose "
-                "prompts are others than those that the run was started with; expected the same, "
-                "in their order"
-            )
+        trainer_state.check(self, state)
         assign(self.weights.parameters, weights)
         if self.average is not None:
             self.average.load(average or {})
-        self.improver.optimizer.load_state_dict(state["optimizer"])
-        for name in STATE:
-            setattr(self, name, state[name])
-        for key, name in BATCHES.items():
-            setattr(self.sampling, name, state[key])
-        if hasattr(self.model, "load_state_dict"):
-            self.model.load_state_dict(state["model"])
+        trainer_state.restore(self, state)
 
     # The parts of an update ---------------------------------------------------------------------
 
     def _update(self) -> dict[str, Any]:
         started, self.phases.seconds = time.perf_counter(), {}
         number = self.updates + 1
-        prompt_ids = self.sampler.ids(number)
-        prompts = [self.sampler.prompts[i] for i in prompt_ids]
-        with self.phases("prompts"):
-            conditions = self.model.embed(prompts)
+        every_id = self.sampler.ids(number)
+        everyone = [self.sampler.prompts[i] for i in every_id]
+        prompt_ids, prompts = self.ranks.part(every_id), self.ranks.part(everyone)
         evaluations = self.evaluations_per_update
-        rollout = self.roll_out(number, prompt_ids, conditions)
-        broken = rollout.broken_prompts(len(prompts))
+        drawn = self._draw(number, prompt_ids, prompts)
+        with self.phases("waiting") if self.ranks.count > 1 else nullcontext():
+            if self.ranks.any(drawn is None or (self.layout.sharded and self.should_stop())):
+                raise Interrupted
+            rollout, scores, broken = drawn
+            broken = sum(self.ranks.gather(broken))
+            scores = scores.of_all(self.ranks)
         row: dict[str, Any] = {"lr": self.config.optimizer.lr}
-        if len(broken) == len(prompts):  # nothing to score: the policy itself has gone wrong
+        if broken == len(everyone):  # the policy itself has gone wrong
             row |= {"loss": math.nan, "grad_norm": math.nan}
-            self._skip(number, [prompts[i] for i in broken], "the rollout")
+            self._skip(number, everyone, "the rollout")
         else:
-            advantages, scores = self._score(prompts, rollout)
+            advantages = self._advantages(scores.images)
             chunks, conditions = rollout.chunks, rollout.conditions
-            del rollout  # gigabytes of images-to-be, which the update has no room for
-            row |= self._learn(number, prompts, conditions, chunks, advantages) | scores
+            del rollout, drawn  # gigabytes of images-to-be, which the update has no room for
+            row |= self._learn(number, prompts, conditions, chunks, advantages)
+            row |= scores.row(self.trained)
         self._counting = True
         seconds = time.perf_counter() - started
         self.updates = number
@@ -221,11 +210,36 @@ class Trainer:
             "evaluations_per_second": evaluations / seconds,
             **row,
             "skipped_updates": self.skipped_updates,
-            **{f"seconds/{name}": seconds for name, seconds in self.phases.seconds.items()},
-            "peak_memory_bytes": peak_memory_bytes(self.policy.device),
+            **self._largest(self.phases.seconds),
         }
         self._counting = self.improver.stepping = False
         return self.row
+
+    def _draw(
+        self, number: int, prompt_ids: Sequence[int], prompts: Sequence[str]
+    ) -> tuple[Rollout, RolloutScores, int] | None:
+        """This rank's share of an update's draws, their scores, and how many of its prompts are
+        broken; None where it was asked to stop."""
+        try:
+            with self.phases("prompts"):
+                conditions = self.model.embed(prompts)
+            rollout = self.roll_out(number, prompt_ids, conditions)
+            broken = len(rollout.broken_prompts(len(prompts)))
+            with self.phases("rewards"), torch.no_grad(), self.scoring():
+                scores = score_rollout(
+                    self.model, rollout.finished, rollout.anchors, prompts, self.trained,
+                    self.sampling.branch_batch,
+                )  # fmt: skip
+            return rollout, scores, broken
+        except Interrupted:
+            return None
+
+    def _largest(self, seconds: dict[str, float]) -> dict[str, float]:
+        """Of the ranks' phases and peaks the largest, as metrics keys: all wait for that one."""
+        mine = {f"seconds/{name}": value for name, value in seconds.items()}
+        mine["peak_memory_bytes"] = peak_memory_bytes(self.policy.device)
+        found = self.ranks.gather(mine)
+        return {key: max(each[key] for each in found) for key in mine}
 
     @torch.no_grad()
     def roll_out(
@@ -235,30 +249,23 @@ class Trainer:
         self._offload()
         return self.sampling.roll_out(number, prompt_ids, conditions, self._progress)
 
-    def _score(
-        self, prompts: Sequence[str], rollout: Rollout
-    ) -> tuple[Advantages, dict[str, float]]:
-        """Decode, score, form advantages. Returns them and metrics keys."""
-        with self.phases("rewards"), torch.no_grad(), self.scoring():
-            rewards, row = score_rollout(
-                self.model, rollout.finished, rollout.anchors, prompts, self.trained,
-                self.sampling.branch_batch,
-            )  # fmt: skip
-            weights = [r.weight for r in self.trained]
-            group, std = self.config.rollout.group_size, self.config.objective.advantage_std
-            return integrate_advantages(rewards, group, weights, std), row
+    def _advantages(self, rewards: Tensor) -> Advantages:  # [R, J, B * G, K]
+        weights = [r.weight for r in self.trained]
+        group, std = self.config.rollout.group_size, self.config.objective.advantage_std
+        return integrate_advantages(rewards, group, weights, std)
 
     def _learn(
         self,
         number: int,
-        prompts: Sequence[str],
+        prompts: Sequence[str],  # of this rank
         conditions: Conditions,
         chunks: Sequence[tuple[slice, Steps]],
-        advantages: Advantages,
+        advantages: Advantages,  # of all ranks
     ) -> dict[str, Any]:
         """Improve the policy. Returns metrics keys."""
         with self.phases("update"):
-            values = self.sampling.advantages(advantages.values, len(chunks[0][1]))
+            mine = self.ranks.part(advantages.values)
+            values = self.sampling.advantages(mine, len(chunks[0][1]))
             result = self.improver.improve(chunks, conditions, values)
             if result.moved:
                 self.skipped_in_a_row = 0
@@ -269,15 +276,20 @@ class Trainer:
         if not result.finite:
             each = len(conditions) // len(prompts)  # rows of a prompt
             rows = dict.fromkeys(i // each for i in result.broken)
-            named = [prompts[i] for i in rows or range(len(prompts))]
+            told = self.ranks.gather(([prompts[i] for i in rows], prompts))
+            broken = [prompt for some, _ in told for prompt in some]
+            named = broken or [prompt for _, every in told for prompt in every]
             of = _of(result.broken_parameters)
             if result.moved:  # some positions of per_position have stepped
                 text = _not_finite(named, f"a gradient{of}")
                 self.on_message(f"Update {number}: {text}, left out")
             else:
-                self._skip(number, named, "the loss" if result.broken else f"the gradient{of}")
+                self._skip(number, named, "the loss" if broken else f"the gradient{of}")
         return {
-            **summarise_losses(result.losses, with_kl=bool(self.config.objective.kl)),
+            **summarise_losses(
+                torch.cat(self.ranks.gather(loss_table(result.losses))),
+                with_kl=bool(self.config.objective.kl),
+            ),
             "grad_norm": result.grad_norm,
             "advantage_std": advantages.std,
             "reward_groups": advantages.groups,
@@ -290,19 +302,15 @@ class Trainer:
         self.skipped_in_a_row += 1
         self.on_message(f"Update {number} is skipped: {_not_finite(prompts, what)}")
 
-    def _evaluate(self, start: Tensor | None) -> tuple[dict[str, Any], Tensor, Tensor]:
+    def _evaluate(self, start: Tensor | None) -> tuple[dict[str, Any], Tensor | None, Tensor]:
         self.phases.seconds = {}
         self._offload()
-        prompts = self.evaluation_prompts
         average = self.average.applied() if self.average is not None else nullcontext()
         with self.phases("evaluation"), average, self.scoring():
-            batch = self.sampling.branch_batch
-            images = sample_policy(self.model, prompts, self.sigmas, batch)
-            scores = score_images(images, prompts, self.rewards, batch)
-            row = evaluation_row(images, prompts, self.rewards, scores, start)
-            if hasattr(self.model, "image_metrics"):
-                measured = self.model.image_metrics(images, prompts)
-                row |= {f"images/{name}/mean": value for name, value in measured.items()}
+            row, images, scores = evaluate_policy(
+                self.model, self.evaluation_prompts, self.sigmas, self.rewards,
+                self.sampling.branch_batch, self.ranks, start,
+            )  # fmt: skip
         return {**row, "seconds/evaluation": self.phases.seconds["evaluation"]}, images, scores
 
     @contextmanager
@@ -327,6 +335,8 @@ class Trainer:
         """Halve the batch of the phase that ran out of memory. Raises TrainingError at one row."""
         self.improver.optimizer.zero_grad(set_to_none=True)
         phase, sampling = self.phases.name, self.sampling
+        if self.ranks.count > 1 and (self.layout.sharded or phase == "update"):
+            refuse(phase, f"{reason}; with several ranks rollout.branch_batch is to be chosen")
         which = "update_batch" if phase in sampling.update_phases else "branch_batch"
         rows = getattr(sampling, which)
         if self.midway or rows == 1:
@@ -337,9 +347,19 @@ class Trainer:
             f"not {rows} ({reason})"
         )
 
+    def _enter(self, phase: str) -> None:
+        self.ranks.phase(phase)
+        self.on_phase(phase)
+
+    def _count(self, rows: int) -> None:
+        self.on_evaluations(rows * self.ranks.count)
+
     def _progress(self, rows: int) -> None:
-        self.on_evaluations(rows)
+        """Between two forwards. Ranks that share them can only stop where all of them are."""
+        self._count(rows)
         if self.should_stop():
+            self.ranks.ask_to_stop()
+        if not self.layout.sharded and (self.should_stop() or self.ranks.asked_to_stop):
             raise Interrupted
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .config import LoraConfig
+from .distributed.shards import local, part_of
 from .errors import ConfigurationError
 from .flux.quiet import quiet
 
@@ -24,6 +25,7 @@ from .flux.quiet import quiet
 class TrainedWeights(Protocol):
     folder: str  # of a checkpoint, where `save` writes and `read` reads: transformer or lora
     parameters: dict[str, nn.Parameter]  # those that are trained
+    sharded: bool  # whether they are DTensors
 
     def save(self, folder: Path, values: Mapping[str, Tensor] | None = None) -> None:
         """Write the weights, or these values of them, as other tools read them."""
@@ -33,6 +35,9 @@ class TrainedWeights(Protocol):
 
     def starting_policy(self) -> contextmanager[None]:
         """Within the block the transformer is what it was before training."""
+
+    def reread(self) -> None:
+        """Take over the transformer's parameters, which have been sharded since."""
 
 
 class FullWeights:
@@ -45,18 +50,27 @@ class FullWeights:
     file = "diffusion_pytorch_model.safetensors"
 
     def __init__(self, transformer: nn.Module, keep_start: bool = False) -> None:
-        self.transformer = transformer.requires_grad_(True)
+        self.transformer, self.sharded = transformer.requires_grad_(True), False
         self.parameters = dict(transformer.named_parameters())
         self._start = None
         if keep_start:
             self._start = {name: _host_copy(p) for name, p in self.parameters.items()}
+
+    def reread(self) -> None:
+        self.parameters, self.sharded = dict(self.transformer.named_parameters()), True
+        if self._start is not None:
+            self._start = {
+                name: part_of(parameter, self._start[name]).clone()
+                for name, parameter in self.parameters.items()
+            }
 
     def save(self, folder: Path, values: Mapping[str, Tensor] | None = None) -> None:
         if values is None:
             self.transformer.save_pretrained(folder, max_shard_size="1TB")  # one file
         else:
             self.transformer.save_config(folder)
-            state = {**self.transformer.state_dict(), **values}
+            buffers = {n: b for n, b in self.transformer.state_dict().items() if n not in values}
+            state = {**buffers, **values}
             tensors = {name: value.detach().contiguous() for name, value in state.items()}
             save_file(tensors, folder / self.file, metadata={"format": "pt"})
 
@@ -85,7 +99,7 @@ class LoraWeights:
     def __init__(self, transformer: nn.Module, config: LoraConfig, seed: int = 0) -> None:
         import peft
 
-        self.transformer = transformer.requires_grad_(False)
+        self.transformer, self.sharded = transformer.requires_grad_(False), False
         alpha = config.rank if config.alpha is None else config.alpha
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.default_generator.manual_seed(seed)
@@ -101,9 +115,16 @@ class LoraWeights:
                     f"model.lora.targets is {config.targets}; expected ends of names of linear "
                     f"layers of the transformer, such as {linears[len(linears) // 2]!r}: {error}"
                 ) from error
-        self.parameters = {n: p for n, p in transformer.named_parameters() if p.requires_grad}
+        self.parameters = self._trained()
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        named = self.transformer.named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def reread(self) -> None:
+        self.parameters, self.sharded = self._trained(), True
 
     def save(self, folder: Path, values: Mapping[str, Tensor] | None = None) -> None:
         from peft import get_peft_model_state_dict
@@ -149,8 +170,9 @@ def make_weights(
     return LoraWeights(transformer, lora, seed)
 
 
-def assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-    """Copy values into the parameters of the same names; strict in names and shapes."""
+def assign(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy values into the parameters of the same names; strict in names and shapes. Values of a
+    parameter that is sharded are of the whole of it, or of this rank's part."""
     if values.keys() != parameters.keys():
         odd = sorted(values.keys() ^ parameters.keys())
         raise ConfigurationError(
@@ -158,14 +180,16 @@ def assign(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor])
             "is in one of them alone"
         )
     for name, parameter in parameters.items():
-        if values[name].shape != parameter.shape:
+        if values[name].shape not in (parameter.shape, local(parameter).shape):
             raise ConfigurationError(
                 f"the weights' {name} has shape {tuple(values[name].shape)}; expected "
                 f"{tuple(parameter.shape)}"
             )
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(values[name])
+            value = values[name]
+            whole = value.shape == parameter.shape
+            local(parameter).copy_(part_of(parameter, value) if whole else value)
 
 
 @contextmanager
@@ -182,13 +206,14 @@ def swapped(
 
 
 def _host_copy(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", copy=True)
+    return local(value.detach()).to("cpu", copy=True)
 
 
 class MovingAverage:
     """Exponential moving average of the parameters: average += (1 - decay) * (weights - average).
 
-    float32, since bfloat16 would round the small steps away, and in host memory beside a GPU.
+    float32, since bfloat16 would round the small steps away, and in host memory beside a GPU. Of
+    sharded parameters each rank averages its own part.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -198,11 +223,13 @@ class MovingAverage:
     @torch.no_grad()
     def update(self) -> None:
         for name, parameter in self.parameters.items():
-            value = parameter.detach().to("cpu", torch.float32)
+            value = local(parameter.detach()).to("cpu", torch.float32)
             self.values[name].lerp_(value, 1 - self.decay)
 
     def load(self, values: Mapping[str, Tensor]) -> None:
-        assign(self.values, values)
+        """values: whole."""
+        parts = {n: part_of(p, values[n]) for n, p in self.parameters.items() if n in values}
+        assign(self.values, {**values, **parts})
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -18,6 +18,8 @@ gradients are refused.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -64,12 +66,19 @@ class Fp8Rollout:
 
     transformer: as `fuse_flux` returned it; adapters are merged into the copies. emulate: compute
         the same numbers without FP8 hardware, slowly; for tests, and to see what FP8 would do.
+    weights: of a block, a context manager within which its token linears have their weights, for a
+        transformer that does not hold them all at once; None: they are there.
 
     Raises ValueError for a transformer that is not fused, RuntimeError where the hardware has no
     FP8 and emulate is False.
     """
 
-    def __init__(self, transformer: nn.Module, emulate: bool = False) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        emulate: bool = False,
+        weights: Callable[[nn.Module], AbstractContextManager[None]] | None = None,
+    ) -> None:
         blocks = fused_blocks(transformer)
         device = next(transformer.parameters()).device
         support = fp8_support(device)
@@ -80,6 +89,7 @@ class Fp8Rollout:
             )
         self.emulate = support.kind == "none"
         self._copies = [(block, _copies_of(block)) for block in blocks]
+        self._weights = weights
         self.refresh()
 
     @property
@@ -97,14 +107,13 @@ class Fp8Rollout:
     @torch.no_grad()
     def refresh(self) -> None:
         """Quantise the weights anew, in place: to be called after every optimizer step."""
-        weights, parts = [], []
         try:
-            for _, copies in self._copies:
-                for copy in copies.values():
-                    copy.allocate()
-                    weights += [effective_weight(linear) for linear in copy.linears]
-                    parts += copy.parts
-            refresh_fp8(weights, parts)
+            if self._weights is None:
+                _quantise([copies for _, copies in self._copies])
+                return
+            for block, copies in self._copies:
+                with self._weights(block):
+                    _quantise([copies])
         except BaseException:
             self.release()  # or half-made copies would be taken for whole ones
             raise
@@ -123,6 +132,16 @@ class Fp8Rollout:
     def __exit__(self, *exception: object) -> None:
         for block, _ in self._copies:
             block.__dict__.pop("fp8", None)
+
+
+def _quantise(copies: Iterable[dict[str, Fp8Weights]]) -> None:
+    """Of these blocks, in one launch a dtype."""
+    weights, parts = [], []
+    for copy in (copy for of_block in copies for copy in of_block.values()):
+        copy.allocate()
+        weights += [effective_weight(linear) for linear in copy.linears]
+        parts += copy.parts
+    refresh_fp8(weights, parts)
 
 
 def _copies_of(block: nn.Module) -> dict[str, Fp8Weights]:

@@ -11,7 +11,8 @@ gradients whole, 2.5 MiB a row as factors. Their norm needs no dense gradient ei
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -65,6 +66,13 @@ class GradientFactors:
         grad, inputs = self.factors()
         wide = torch.promote_types(grad.dtype, dtype)
         return (grad.to(wide).T @ inputs.to(wide)).to(dtype)
+
+    def gather(self, all_rows: Callable[[Tensor], Tensor]) -> None:
+        """Take over the rows of other processes, whose gradients then add up to this one.
+
+        all_rows: from this process's [R, n] to those of all, in the same order everywhere.
+        """
+        self._pairs = [tuple(all_rows(part) for part in self.factors())]
 
     def scale_(self, factor: float | Tensor) -> GradientFactors:
         """Multiply the gradient, by its grad_output rows, rounded in their dtype."""
@@ -125,9 +133,13 @@ def total_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
 
     On the device of the first gradient; 0 on the CPU where there is none. As
     torch.nn.utils.get_total_norm, but gradients of 16 bits have float32 norms.
+
+    Of DTensors it is the norm of the whole gradients, the same on all processes of their meshes,
+    which all take part: a collective a mesh dimension that gradients are sharded along. A DTensor
+    has a gradient on all processes of its mesh or on none. Raises TypeError for one that is a sum
+    yet to be made (Partial).
     """
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    squares = []
+    plain, distributed, squares = [], [], []
     for parameter in parameters:
         factors = getattr(parameter, "grad_factors", None)
         if factors is not None and parameter.grad is not None:  # something added its own since
@@ -135,16 +147,49 @@ def total_grad_norm(parameters: Iterable[Tensor]) -> Tensor:
         elif factors is not None:
             squares.append(factors.squared_norm())
         if (grad := parameter.grad) is not None:
-            groups.setdefault((grad.device, grad.dtype), []).append(grad)
-    norms = []
-    for (_, dtype), grads in groups.items():
-        wide = torch.promote_types(dtype, torch.float32)
-        norms += torch._foreach_norm(grads, 2.0, dtype=wide)
-    norms += [square.sqrt() for square in squares]
+            (distributed if is_dtensor(grad) else plain).append(grad)
+    squares += _squares_over_meshes(distributed)
+    norms = _norms(plain) + [square.sqrt() for square in squares]
     if not norms:
         return torch.zeros(())
     first = norms[0].device
     return torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms])).float()
+
+
+def is_dtensor(x: Tensor) -> bool:
+    module = sys.modules.get("torch.distributed.tensor")  # who has one has imported it
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def _norms(grads: Iterable[Tensor]) -> list[Tensor]:
+    """L2 norms [], float32 or wider, in the order of devices and dtypes."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for grad in grads:
+        groups.setdefault((grad.device, grad.dtype), []).append(grad)
+    norms: list[Tensor] = []
+    for (_, dtype), some in groups.items():
+        norms += torch._foreach_norm(some, 2.0, dtype=torch.promote_types(dtype, torch.float32))
+    return norms
+
+
+def _squares_over_meshes(grads: Iterable[Any]) -> list[Tensor]:
+    """Sums of squares of whole DTensors, float64 []: one a mesh and set of sharded dimensions."""
+    shards: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
+    for grad in grads:
+        if any(placement.is_partial() for placement in grad.placements):
+            raise TypeError(
+                f"a gradient is a DTensor placed as {grad.placements}; expected Shard and "
+                "Replicate only"
+            )
+        dims = tuple(i for i, p in enumerate(grad.placements) if not p.is_replicate())
+        shards.setdefault((grad.device_mesh, dims), []).append(grad.to_local())
+    squares = []
+    for (mesh, dims), parts in shards.items():
+        square = torch.stack([norm.double() for norm in _norms(parts)]).square().sum()
+        for dim in dims:
+            torch.distributed.all_reduce(square, group=mesh.get_group(dim))
+        squares.append(square)
+    return squares
 
 
 class FactoredLinear(nn.Linear):

@@ -12,7 +12,10 @@ from torch import Tensor
 from g2rpo_kernels import optim
 from g2rpo_kernels.optim.arithmetic import dynamic_code
 
-SHAPES = {"large": (70, 90), "small": (30, 10), "edge": (4096,)}  # "small" is float32 there
+SHAPES = {
+    "large": (70, 90), "small": (30, 10),  # "small" is float32 there
+    "edge": (4096,), "rows": (10, 512),
+}  # fmt: skip
 NUMBERS = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -44,6 +47,7 @@ def test_there_and_back() -> None:
         "step", "state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"
     }  # fmt: skip
     assert theirs["state"][0]["state1"].shape == SHAPES["large"]
+    assert theirs["state"][3]["absmax1"].shape == (20,)  # ours are [10, 2]
     assert set(theirs["state"][1]) == {"step", "state1", "state2"}
     assert theirs["state"][1]["state1"].dtype is F32
     assert theirs["state"][1]["state1"].shape == SHAPES["small"]
@@ -84,7 +88,7 @@ def test_what_cannot_be_exchanged() -> None:
         with pytest.raises(ValueError, match=f"group 0 .*{message}"):
             optim.from_bitsandbytes(theirs, opt)
     opt = optimizer(given)
-    with pytest.raises(ValueError, match=r"groups of \[3\] parameters; expected \[1\]"):
+    with pytest.raises(ValueError, match=r"groups of \[4\] parameters; expected \[1\]"):
         optim.from_bitsandbytes(theirs, optimizer(parameters(shapes={"large": (70, 90)})))
     for change, message in (
         ({"qmap1": torch.linspace(-1, 1, 256)}, "state 0 has another qmap1"),

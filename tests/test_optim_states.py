@@ -94,6 +94,25 @@ def test_a_saved_optimizer_goes_on_bit_for_bit(options: dict, tmp_path) -> None:
     }
 
 
+def test_scales_are_rows_where_rows_are_blocks_and_may_be_loaded_flat() -> None:
+    shapes = {"rows": (3, 512), "conv": (2, 4, 8, 8), "odd": (4, 100), "none": (0, 256)}
+    opt = run(parameters(shapes=shapes))
+    saved = opt.state_dict()
+    found = [tuple(state["exp_avg_sq_scale"].shape) for state in saved["state"].values()]
+    assert found == [(3, 2), (2, 1), (2,), (0, 1)]
+    flat = copy.deepcopy(saved)
+    for state in flat["state"].values():  # as they were once
+        for key in ("exp_avg_scale", "exp_avg_sq_scale"):
+            state[key] = state[key].flatten()
+    other = optimizer(parameters(shapes=shapes))
+    other.load_state_dict(flat)
+    assert_same(tensors_of(other), tensors_of(opt))
+    for wrong in (torch.zeros(5), torch.zeros(2, 3)):
+        flat["state"][0]["exp_avg_scale"] = wrong
+        with pytest.raises(ValueError, match=r"state of rows has exp_avg_scale .*expected .*3, 2"):
+            other.load_state_dict(flat)
+
+
 def test_what_is_loaded_is_copied_and_what_was_there_is_gone() -> None:
     given = parameters()
     opt, other = run(given), run(parameters())

@@ -289,7 +289,7 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path, name, given):
     first.evaluate()
     save_checkpoint(tmp_path, 1, first.weights, None, first.state_dict(), keep_last=1)
     torch.randn(5)  # the global generator plays no part
-    checkpoint = load_checkpoint(tmp_path, second.weights)
+    checkpoint = load_checkpoint(tmp_path, second.weights, second.improver.optimizer)
     assert not checkpoint.skipped
     second.load_state_dict(checkpoint.state, checkpoint.weights)
     for _ in range(2):

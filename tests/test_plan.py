@@ -10,6 +10,7 @@ from g2rpo import cli
 from g2rpo.config import Config
 from g2rpo.plan import as_json, make_plan, speed
 from g2rpo.plan.cards import CARDS, GIB, find_card
+from g2rpo.plan.gpus import Gpus
 from g2rpo.plan.memory import completion_evaluations, plan_memory, trained
 from g2rpo.plan.model import FLUX_ENCODERS, sizes_of
 from g2rpo.plan.speed import forward_flops, plan_work
@@ -75,27 +76,27 @@ def test_encoders_are_counted_as_transformers_has_them():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_say_what_is_predicted(name, flux):
-    """The comment of a preset: its peak, minutes, hours, and GPU-hours of all its GPUs."""
+    """The comment of a preset: its peak, minutes, GPU-hours of all its GPUs, and communication."""
     text = args.find_preset(name).read_text()
     config = config_of(name)
     assert config.optimizer.lr == 2e-6 and config.rollout.group_size == 12  # the paper's
-    gpu = re.search(rf"g2rpo plan {name} --gpu ([\w-]+)", text)[1]
-    memory = plan_memory(config, flux, CARDS[gpu].multiprocessors)
-    work = plan_work(config, flux, CARDS[gpu])
-    found = re.search(r"peak ([\d.]+) GiB, ([\d.]+) minutes an update, ([\d.]+) (GPU-)?hours", text)
-    assert float(found[1]) == round(memory.peak / GIB, 1)
-    assert float(found[2]) == round(work.seconds / 60, 1)
-    assert float(found[3]) == pytest.approx(work.hours, abs=0.5)
-    of_all = re.search(r"([\d,]+) GPU-hours of all (\w+)", text)
-    if found[4] is None:
-        gpus = {"eight": 8, "sixteen": 16}[of_all[2]]
-        assert float(of_all[1].replace(",", "")) == round(gpus * work.hours)
-        assert config.train.prompts_per_update * gpus == 16
-    else:
-        assert config.train.prompts_per_update == 16
+    assert config.train.prompts_per_update == 16
+    gpu, _, gpus = re.search(rf"g2rpo plan {name} --gpu ([\w-]+)( --gpus (\d+))?", text).groups()
+    plan = make_plan(config, CARDS[gpu], gpus=Gpus(int(gpus or 1)), sizes=flux)
+    found = re.search(
+        r"peak ([\d.]+) GiB, ([\d.]+) minutes an update, ([\d,]+) GPU-hours( of all (\w+))?", text
+    )
+    assert float(found[1]) == round(plan.peak / GIB, 1)
+    assert float(found[2]) == round(plan.seconds / 60, 1)
+    assert float(found[3].replace(",", "")) == pytest.approx(plan.hours, abs=0.5)
+    assert {None: None, "eight": "8", "sixteen": "16"}[found[5]] == gpus
+    if gpus is not None:
+        sent = re.search(r"([\d.]+) s of an update is communication: ([\d.]+) %", text)
+        assert float(sent[1]) == round(plan.communication, 1)
+        assert float(sent[2]) == round(100 * plan.efficiency, 1)
+        assert f"--nproc-per-node 8 -m g2rpo train {name}" in text or "--nnodes 2" in text
     assert "redicted, not" in text and "measured" in text
-    if name != "flux-dev-paper":  # which fits no one GPU, and says so
-        assert memory.peak <= H100.usable
+    assert plan.fits
 
 
 def test_what_makes_room_is_planned_anew(flux):
@@ -147,8 +148,10 @@ def results(folder, machine, **content):
 
 def test_a_measurement_of_that_card_is_used_and_named(tmp_path, flux):
     config = config_of("flux-dev-1gpu")
-    case = {"batch": 12, "flops": 12e12, "variants": {"ours, rollout, FP8": {"seconds": 0.01}}}
-    results(tmp_path, "NVIDIA H200", kind="flux-forward", cases=[case])
+    case = {"batch": 12, "tokens": 2537, "flops": 12e12,
+            "variants": {"ours, rollout, FP8": {"seconds": 0.01}}}  # fmt: skip
+    larger = {**case, "tokens": 4608, "flops": 5e12}  # images of another size
+    results(tmp_path, "NVIDIA H200", kind="flux-forward", cases=[larger, case])
     before = plan_work(config, flux, H100, tmp_path)
     assert all("measured" not in phase.basis for phase in before.phases)
     after = plan_work(config, flux, CARDS["h200"], tmp_path)

@@ -8,7 +8,7 @@ from tiny import TinyModel, brightness, contrast, roll_out, tiny_config
 
 import g2rpo_kernels as gk
 from g2rpo.errors import ConfigurationError
-from g2rpo.objective import summarise_losses
+from g2rpo.objective import loss_table, summarise_losses
 from g2rpo.rewards import Reward
 from g2rpo.sampling import window_positions
 from g2rpo.seeds import shuffled_steps
@@ -187,6 +187,6 @@ def test_means_of_the_losses_weigh_branches_alike():
         statistics = torch.tensor([1.0, 1.0 + value, value, 0.0, 0.0])
         return gk.PolicyLoss(torch.tensor(value), torch.zeros(branches, 1), statistics)
 
-    row = summarise_losses([loss(1.0, 8), loss(4.0, 4)])
+    row = summarise_losses(loss_table([loss(1.0, 8), loss(4.0, 4)]))
     assert row["loss"] == row["clip_fraction"] == pytest.approx(2.0)
     assert row["ratio_max"] == 5.0 and row["ratio_mean"] == 1.0

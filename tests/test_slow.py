@@ -107,16 +107,10 @@ def test_kill_9_at_random_moments(tmp_path, miniature, weights):
     folder = f"checkpoints/step-{UPDATES:06d}"
     found = (undisturbed / folder).rglob("*.safetensors")
     files = sorted(path.relative_to(undisturbed) for path in found)
-    assert len(files) == 2
+    assert len(files) == 3  # weights, their average, the optimizer's state
     for file in files:
         first, second = load_file(undisturbed / file), load_file(killed / file)
         assert all(torch.equal(first[name], second[name]) for name in first), file
-    states = [
-        torch.load(run / folder / "training_state.pt", weights_only=True)["optimizer"]["state"]
-        for run in (undisturbed, killed)
-    ]
-    for a, b in zip(*(state.values() for state in states), strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_the_example(tmp_path):

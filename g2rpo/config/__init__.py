@@ -60,6 +60,13 @@ class Config:
             group.validate()
         for group in (self.optimizer, self.train, self.distributed):
             group.validate()
+        forward = self.distributed.gather == "forward"
+        for key, value, ok in (
+            ("precision", self.rollout.precision, self.rollout.precision is None),
+            ("engine", self.rollout.engine, self.rollout.engine in ("auto", "eager")),
+        ):
+            expected = "a copy of the weights for it: distributed.gather 'auto' or 'phase'"
+            expect(f"rollout.{key}", value, ok or not forward, expected)
         stop = self.train.hacking_stop
         ok = any(r.heldout for r in self.rewards) and self.train.evaluation_samples >= 2
         expected = "0, or a held-out reward and train.evaluation_samples of at least 2 with it"

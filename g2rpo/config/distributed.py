@@ -10,7 +10,7 @@ from .checks import expect, finite
 
 @dataclass
 class DistributedConfig:
-    """How the processes that torchrun starts share a run; a run of one process has no use for it."""
+    """How the processes that torchrun starts share a run; one process alone has no use for it."""
 
     strategy: Literal["replicate", "shard", "hybrid"] = "replicate"
     """replicate: each process has the whole model. shard: each has a part of its weights, gradients

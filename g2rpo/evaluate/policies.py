@@ -153,7 +153,8 @@ class _Painter:
 
         def some(size: int) -> Tensor:
             rows = slice(len(files), len(files) + size)
-            return sample_policy(self.model, self.prompts[rows], self.sigmas, size, rows.start)
+            places = range(total)[rows]
+            return sample_policy(self.model, self.prompts[rows], self.sigmas, size, places)
 
         with progress_bar(self.console, f"drawing: {policy}", total) as progress:
             while len(files) < total:

@@ -1,27 +1,32 @@
 """`g2rpo plan`: whether a run fits a GPU, what to switch on where it does not, how long it takes.
 
-    g2rpo plan PRESET|FILE.yaml --gpu NAME|SIZE [--price X] [--json] [--group.key value ...]
+    g2rpo plan PRESET|FILE.yaml --gpu NAME|SIZE [--gpus N[,N...]] [--per-node N] [--network GB/S]
+        [--strategy NAME] [--price X] [--json] [--group.key value ...]
 
 No GPU is needed and no weights. Every number is arithmetic on shapes and published rates, and says
-so, unless benchmarks/results holds a measurement of that very card.
+so, unless benchmarks/results holds a measurement of that very card. With --gpus it is what one of
+so many does, needs and sends to the others; with several numbers a row for each.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..arguments import make_parser, named_config, preset_names, take_options
 from ..config import Config
 from ..errors import ConfigurationError
-from .cards import CARDS, Card, find_card
-from .memory import UPDATE, Memory, dtype_of, plan_memory
+from .cards import Card, find_card
+from .communication import Traffic, evaluation_seconds, traffic_of
+from .gpus import ONE, Gpus, share_of
+from .memory import UPDATE, Memory
 from .model import Sizes, sizes_of
-from .rewards import PARAMETERS, scorers_of
+from .options import VALUED, gpus_of, with_strategy
+from .rewards import scorers_of
 from .speed import Phase, Work, measured_update, plan_work
+from .switches import Switch, decided, switches_of
 
 # Phases of the trainer, of which benchmarks/bench_flux_update.py measures the peak -> those here.
 MEASURED = {"prompts": "embed", "anchor": "anchor", "completions": "completions",
@@ -32,17 +37,10 @@ TIMED = {"anchor": "anchor", "completions": "completions", "rewards": "decode",
 
 
 @dataclass(frozen=True)
-class Switch:
-    """A change of the configuration, and the peak it would give, in bytes."""
-
-    change: str
-    peak: int
-    fits: bool
-
-
-@dataclass(frozen=True)
 class Plan:
-    """What `g2rpo plan` says. measured: peak bytes by phase and the file they are from, or None."""
+    """What `g2rpo plan` says, of one GPU. measured: peak bytes by phase and the file they are from,
+    or None. config: of several, what this one does; traffic: what they send one another, with the
+    seconds of it in an evaluation of the policy."""
 
     name: str
     config: Config
@@ -52,6 +50,37 @@ class Plan:
     work: Work
     measured: tuple[dict[str, int], str] | None
     switches: tuple[Switch, ...]
+    gpus: Gpus = ONE
+    traffic: tuple[Traffic, ...] = ()
+    evaluation_traffic: float | None = 0.0
+
+    @property
+    def communication(self) -> float | None:
+        """Seconds of an update; None where rates are unknown."""
+        known = [each.seconds for each in self.traffic]
+        return None if None in known else sum(known)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of an update: work and communication, of which nothing is taken to hide the other."""
+        alone, sent = self.work.seconds, self.communication
+        return None if alone is None or sent is None else alone + sent
+
+    @property
+    def efficiency(self) -> float | None:
+        """Share of an update's seconds that is work, from 0 to 1: what more GPUs with the same
+        prompts each leave of their speed."""
+        return self.work.seconds / self.seconds if self.seconds else None
+
+    @property
+    def hours(self) -> float | None:
+        """GPU-hours of the run, of all GPUs."""
+        work, evaluations = self.work, self.evaluation_traffic
+        if work.hours is None or self.seconds is None or evaluations is None:
+            return None
+        sent = work.updates * (self.communication or 0.0)
+        sent += work.evaluations_of_policy * evaluations
+        return self.gpus.count * (work.hours + sent / 3600)
 
     @property
     def peak(self) -> int:
@@ -68,12 +97,17 @@ class Plan:
         return self.peak <= self.card.usable
 
 
-def make_plan(config: Config, card: Card, name: str = "", unchanged: bool = False) -> Plan:
-    """The plan of a run on a card. unchanged: the configuration is the preset `name`'s own, so that
-    a measurement of it counts. Raises ConfigurationError for what cannot be planned."""
-    sizes = sizes_of(config)
-    memory = plan_memory(config, sizes, card.multiprocessors)
-    work = plan_work(config, sizes, card)
+def make_plan(
+    config: Config, card: Card, name: str = "", unchanged: bool = False, gpus: Gpus = ONE,
+    sizes: Sizes | None = None,
+) -> Plan:  # fmt: skip
+    """The plan of a run on a card, or on several of it. unchanged: the configuration is the preset
+    `name`'s own, so that a measurement of it counts. sizes: of its model, where they are known.
+    Raises ConfigurationError for what cannot be planned."""
+    share = share_of(config, gpus)
+    sizes = sizes or sizes_of(config)
+    config, memory = decided(share, sizes, card, gpus)
+    work = plan_work(config, sizes, card, gpus=gpus)
     measured = None
     if unchanged and (found := measured_update(card, name)):
         peaks, seconds, file = found
@@ -82,8 +116,13 @@ def make_plan(config: Config, card: Card, name: str = "", unchanged: bool = Fals
         phases = {**MEASURED, "update": update}
         measured = {phases[p]: peak for p, peak in peaks.items() if p in phases}, file
         work = replace(work, phases=_timed(work.phases, seconds, file))
-    plan = Plan(name, config, sizes, card, memory, work, measured, ())
-    return plan if plan.fits else replace(plan, switches=_switches(config, sizes, card))
+    plan = Plan(name, config, sizes, card, memory, work, measured, (), gpus)
+    if gpus.count > 1:
+        plan = replace(
+            plan, traffic=traffic_of(config, sizes, card, gpus),
+            evaluation_traffic=evaluation_seconds(config, sizes, card, gpus),
+        )  # fmt: skip
+    return plan if plan.fits else replace(plan, switches=switches_of(share, sizes, card, gpus))
 
 
 def _timed(phases: Sequence[Phase], seconds: dict[str, float], file: str) -> tuple[Phase, ...]:
@@ -97,120 +136,30 @@ def _timed(phases: Sequence[Phase], seconds: dict[str, float], file: str) -> tup
     )
 
 
-# What makes room --------------------------------------------------------------------------------
-
-
-def _set(group: str, key: str, value: Any) -> Callable[[Config], None]:
-    return lambda config: setattr(getattr(config, group), key, value)
-
-
-def _bfloat16(optimizer: str) -> Callable[[Config], None]:
-    def change(config: Config) -> None:
-        config.model.dtype, config.optimizer.name = "bfloat16", optimizer
-
-    return change
-
-
-def _lora(config: Config) -> None:
-    config.model.lora.rank = 64
-
-
-def _rest(config: Config) -> None:
-    for reward in config.rewards:
-        reward.offload |= reward.name in PARAMETERS and reward.name != "judge"
-
-
-def _changes(config: Config) -> list[tuple[str, Callable[[Config], None]]]:
-    """What could be changed of this configuration, as one types it, the mildest first."""
-    model, rollout, optimizer = config.model, config.rollout, config.optimizer
-    full = not model.lora.rank
-    found: list[tuple[str, Callable[[Config], None]]] = []
-    if optimizer.name == "adamw8bit" and not optimizer.offload:
-        found.append(("--optimizer.offload true", _set("optimizer", "offload", True)))
-    if scorers_of(config).staying:
-        found.append(("--rewards with offload: true", _rest))
-    if not model.gradient_checkpointing:
-        found.append(
-            ("--model.gradient_checkpointing true", _set("model", "gradient_checkpointing", True))
-        )
-    if model.path != "digits" and config.data.embeddings is None:
-        found.append(
-            ("--data.embeddings FOLDER (g2rpo embed)", _set("data", "embeddings", "FOLDER"))
-        )
-    if not model.fuse:
-        found.append(("--model.fuse true", _set("model", "fuse", True)))
-    if rollout.precision == "fp8":
-        found.append(("--rollout.precision null", _set("rollout", "precision", None)))
-    batch = rollout.branch_batch
-    for rows in dict.fromkeys((batch // 2, batch // 4, 1)):
-        if 1 <= rows < batch:
-            found.append((f"--rollout.branch_batch {rows}", _set("rollout", "branch_batch", rows)))
-    if full and dtype_of(config).itemsize == 4:  # bfloat16 alone would lose small steps
-        for name in ("adamw8bit", "adamw_streamed"):
-            change = f"--model.dtype bfloat16 --optimizer.name {name}"
-            found.append((change, _bfloat16(name)))
-    elif full and optimizer.name != "adamw8bit":
-        found.append(("--optimizer.name adamw8bit", _set("optimizer", "name", "adamw8bit")))
-    if full:
-        found.append(("--model.lora.rank 64", _lora))
-    return found
-
-
-def _switches(config: Config, sizes: Sizes, card: Card) -> tuple[Switch, ...]:
-    """Each change that lowers the peak, planned anew with it; and those that do it together."""
-
-    def peak(changed: Config) -> int:
-        return plan_memory(changed, sizes, card.multiprocessors).peak
-
-    def after(change: Callable[[Config], None], start: Config) -> Config:
-        changed = copy.deepcopy(start)
-        change(changed)
-        return changed
-
-    now = peak(config)
-    each = [(name, peak(after(change, config))) for name, change in _changes(config)]
-    switches = [Switch(name, p, p <= card.usable) for name, p in each if p < now]
-    if any(switch.fits and "lora" not in switch.change for switch in switches):
-        return tuple(switches)
-    # None alone: the one that helps most, and so on from there.
-    names: list[str] = []
-    while now > card.usable:
-        options = [(peak(after(change, config)), name, after(change, config))
-                   for name, change in _changes(config) if "lora" not in name]  # fmt: skip
-        if not options or min(options, key=lambda o: o[0])[0] >= now:
-            break
-        now, name, config = min(options, key=lambda o: o[0])
-        key = name.partition(" ")[0]
-        names = [*(n for n in names if n.partition(" ")[0] != key), name]
-    if len(names) > 1:
-        switches.append(Switch(" ".join(names), now, now <= card.usable))
-    return tuple(switches)
-
-
 # The command ------------------------------------------------------------------------------------
 
 
 def main(arguments: Sequence[str]) -> int:
-    """0 where it fits, 1 where it does not. Raises ConfigurationError on wrong input."""
-    options, rest = take_options(
-        arguments, flags=["--json"],
-        valued={"--gpu": f"one of {', '.join(CARDS)}, or a memory size such as 80GB",
-                "--price": "dollars a GPU-hour"},
-    )  # fmt: skip
+    """0 where it fits (of several numbers of GPUs, any), 1 where not. Raises ConfigurationError on
+    wrong input."""
+    options, rest = take_options(arguments, flags=["--json"], valued=VALUED)
+    rest = with_strategy(rest, options["--strategy"])
     config, name = named_config(make_parser("plan"), rest)
     if options["--gpu"] is None:
-        raise ConfigurationError(
-            f"--gpu is not given; expected one of {', '.join(CARDS)}, or a memory size such as 80GB"
-        )
-    card = find_card(options["--gpu"])
-    price = _price(options["--price"])
+        raise ConfigurationError(f"--gpu is not given; expected {VALUED['--gpu']}")
+    card, (gpus, price) = find_card(options["--gpu"]), gpus_of(options)
     config.validate(training=False)
     if config.rollout.sampling != "singular":
         raise ConfigurationError(
             f"rollout.sampling is {config.rollout.sampling!r}; expected 'singular', the one way to "
             "draw whose memory and time are counted here"
         )
-    plan = make_plan(config, card, name, unchanged=len(rest) == 1 and name in preset_names())
+    if len(gpus) > 1:
+        from .scaling import scaling
+
+        return scaling(config, card, name, gpus, rest, price, bool(options["--json"]))
+    unchanged = len(rest) == 1 and name in preset_names() and gpus[0].count == 1
+    plan = make_plan(config, card, name, unchanged, gpus[0])
     if options["--json"]:
         print(json.dumps(as_json(plan, price), indent=1))
     else:
@@ -220,21 +169,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0 if plan.fits else 1
 
 
-def _price(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        price = float(text)
-    except ValueError:
-        price = -1.0
-    if not 0 <= price < 1e6:
-        raise ConfigurationError(f"--price is {text!r}; expected dollars a GPU-hour, such as 2.50")
-    return price
-
-
 def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
-    """The same as is shown. Bytes, seconds, FLOPs; "measured" or "estimated" beside them."""
-    memory, work = plan.memory, plan.work
+    """The same as is shown. Bytes, seconds, FLOPs; "measured" or "estimated" beside them. Of
+    several GPUs `memory` and `work` are one's, `gpus` has what they do together, and GPU-hours and
+    cost are of all."""
+    memory, work, hours = plan.memory, plan.work, plan.hours
+    spread = {"gpus": _spread(plan)} if plan.gpus.count > 1 else {}
     return {
         "preset": plan.name,
         "model": {"source": plan.sizes.source, "parameters": plan.sizes.parameters},
@@ -260,7 +200,29 @@ def as_json(plan: Plan, price: float | None = None) -> dict[str, Any]:
             "prompts_per_update": work.prompts,
             "phases": [asdict(phase) for phase in work.phases],
             "seconds_per_update": work.seconds,
-            "gpu_hours": work.hours,
-            "cost": None if price is None or work.hours is None else price * work.hours,
+            "gpu_hours": hours,
+            "cost": None if price is None or hours is None else price * hours,
         },
+        **spread,
     }  # fmt: skip
+
+
+def _spread(plan: Plan) -> dict[str, Any]:
+    gpus, distributed = plan.gpus, plan.config.distributed
+    return {
+        "source": "estimated",
+        "count": gpus.count,
+        "per_node": gpus.per_node,
+        "network": gpus.network,
+        "strategy": distributed.strategy,
+        "gather": distributed.gather if gpus.sharded(plan.config) else None,
+        "gradients": distributed.gradients if gpus.sharded(plan.config) else None,
+        "prompts_per_update": gpus.count * plan.work.prompts,
+        "evaluations_per_update": gpus.count * plan.work.evaluations,
+        "traffic": [asdict(each) for each in plan.traffic],
+        "communication_bytes": sum(each.bytes for each in plan.traffic),
+        "communication_seconds": plan.communication,
+        "seconds_per_update": plan.seconds,
+        "scaling_efficiency": plan.efficiency,
+        "hidden": "nothing: communication is taken to wait for work, and work for it",
+    }

@@ -1,4 +1,6 @@
-"""What lives in GPU memory in which phase of an update, in bytes, and what in host memory.
+"""What lives in a GPU's memory in which phase of an update, in bytes, and what in host memory.
+
+`config` is of one GPU: where several share a run, of its part of it (`gpus.share_of`).
 
 All of it is arithmetic on shapes, of the steady state: from the second update on, since AdamW makes
 its states in the first step. Of rewards the weights of the published scorers are counted, whose
@@ -10,19 +12,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from ..completions import completion_tree
 from ..config import Config
+from ..distributed.layout import BUCKET
 from .activations import Activations, modulation_row
+from .gpus import ONE, Gpus
 from .model import Sizes
 from .rewards import scorers_of
+from .shards import completing_copy, in_flight
+from .states import Trained, anchor_rows, dtype_of, loose_gradients, trained
 
 PHASES = ("load", "embed", "anchor", "completions", "rewards", "backward", "step")
 ROLLOUT = ("anchor", "completions", "rewards")
 UPDATE = ("backward", "step")
 DECODED = 4  # images the autoencoder decodes at once, at most: flux.images.BATCH
-BLOCK = 256  # elements that share a scale of 8-bit moments
 CUBLAS = 32 * 2**20  # bytes of workspace, on Hopper and with CUBLAS_WORKSPACE_CONFIG=:4096:8
 
 
@@ -59,69 +62,6 @@ class Memory:
         return sum(count for _, count in self.host)
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Bytes of what is trained: weights, their further bits, moments, gradients."""
-
-    weights: int  # of the whole transformer, adapters among them
-    low_bits: int
-    moments: int  # on the GPU
-    gradients: int  # dense
-    factors: int
-    step: int  # what a step needs besides
-    streamed: int  # in host memory
-    count: int  # of parameters trained
-
-
-def trained(config: Config, sizes: Sizes) -> Trained:
-    """Bytes a parameter: the weight's dtype; adamw8bit 2.03 of moments (a code each, and a float32
-    scale in 256) and of a bfloat16 weight 1 or 2 of low bits; adamw 2 of that dtype; gradients of
-    that dtype, dense but for the modulations' under adamw8bit, of which 16 bits of every row of
-    outputs and inputs are kept."""
-    name, lora = config.optimizer.name, config.model.lora
-    itemsize = dtype_of(config).itemsize
-    weights, count, item = sizes.parameters * itemsize, sizes.parameters, itemsize
-    if lora.rank:  # adapters are float32
-        count, item = sizes.adapters(lora.rank, lora.targets), 4
-        weights += count * item
-    full = not lora.rank
-    low_bits = factors = step = streamed = 0
-    dense = count
-    moments = 2 * count + 8 * -(-count // BLOCK)
-    if name == "adamw":
-        moments = 2 * count * item
-    elif name == "adamw8bit":
-        extra = {16: 0, 24: 1, 32: 2}[config.optimizer.master_bits]
-        low_bits = extra * count if item == 2 else 0
-        rows = factor_rows(config)
-        if full and rows * sizes.modulation_features < sizes.modulation:
-            dense -= sizes.modulation
-            factors = rows * sizes.modulation_features * item
-            step = 4 * sizes.largest  # the largest of them, made dense in float32
-    elif name == "adamw_streamed":
-        moments, streamed = 0, (12 if item == 2 else 8) * count
-        # Two buffers of a parameter's states, and its gradient in float32.
-        step = (2 * (12 if item == 2 else 8) + 4) * sizes.largest
-    return Trained(weights, low_bits, moments, dense * item, factors, step, streamed, count)
-
-
-def factor_rows(config: Config) -> int:
-    """Rows of gradient factors at a step: one a sample that was differentiated since the last."""
-    positions = len(config.rollout.sde_positions)
-    per_position = config.objective.stepping == "per_position"
-    return config.train.prompts_per_update * (1 if per_position else positions)
-
-
-def dtype_of(config: Config) -> torch.dtype:
-    default = "float32" if config.model.path == "digits" else "bfloat16"
-    return getattr(torch, config.model.dtype or default)
-
-
-def anchor_rows(config: Config) -> int:
-    """Rows of an anchor's forward, and of the update's; as `Trainer` has them."""
-    return min(config.rollout.branch_batch, config.train.prompts_per_update)
-
-
 def activations(config: Config, sizes: Sizes, rows: int) -> Activations:
     lora = config.model.lora
     return Activations(
@@ -130,9 +70,12 @@ def activations(config: Config, sizes: Sizes, rows: int) -> Activations:
     )  # fmt: skip
 
 
-def plan_memory(config: Config, sizes: Sizes, multiprocessors: int = 132) -> Memory:
-    """The whole table. multiprocessors: of the GPU, for what attention's backward takes."""
-    rollout, made = config.rollout, trained(config, sizes)
+def plan_memory(
+    config: Config, sizes: Sizes, multiprocessors: int = 132, gpus: Gpus = ONE
+) -> Memory:
+    """The whole table of one GPU. multiprocessors: it has, for what attention's backward takes."""
+    rollout, made = config.rollout, trained(config, sizes, gpus)
+    sharded, phase = gpus.sharded(config), config.distributed.gather == "phase"
     itemsize, fp8 = dtype_of(config).itemsize, rollout.precision == "fp8"
     embeds = config.model.path != "digits" and config.data.embeddings is None
     phases = PHASES if embeds else tuple(p for p in PHASES if p != "embed")
@@ -143,17 +86,30 @@ def plan_memory(config: Config, sizes: Sizes, multiprocessors: int = 132) -> Mem
     kept = _branches(config, sizes)
     table = _table(config, sizes) if config.model.fuse else 0
     scorers = scorers_of(config)
+    completing = completion.forward(fp8, rollout=config.model.fuse)
+    copied = completing_copy(config, sizes, itemsize, completing) if sharded and phase else 0
+    # Summed over replicas through one bucket; of 16 bits also its pieces are made float32.
+    halves = itemsize == 2 and not config.model.lora.rank
+    bucket = min(BUCKET, made.count) * 4 * (2 if halves else 1)
     rows = (
-        Row("weights", dict.fromkeys(phases, made.weights)),
+        # Read whole, and cut.
+        Row("weights", {
+            **dict.fromkeys(phases, made.weights), "load": trained(config, sizes).weights
+        }),
+        Row("blocks in flight", in_flight(config, sizes, itemsize, loose_gradients(config))
+            if sharded else {}),
         Row("low bits of the master", dict.fromkeys(states, made.low_bits)),
         Row("optimizer's moments", dict.fromkeys(states, made.moments)),
-        Row("gradients", dict.fromkeys(UPDATE, made.gradients)),
-        Row("gradient factors", dict.fromkeys(UPDATE, made.factors)),
+        Row("gradients", {"backward": made.held, "step": made.gradients}),
+        Row("gradient factors", {"backward": made.factors, "step": made.all_factors}),
+        Row("reduction's bucket", {"step": bucket} if gpus.count > 1 and not sharded else {}),
         # Made anew from the weights of each update; see `CompletionEngine`.
         Row("FP8 weights", {"completions": sizes.fp8_bytes if fp8 else 0}),
         Row("bfloat16 copy", dict.fromkeys(
-            after_load, 2 * sizes.parameters if rollout.precision == "bfloat16" else 0
+            after_load,
+            2 * sizes.parameters if rollout.precision == "bfloat16" and not sharded else 0,
         )),
+        Row("whole copy", {"completions": copied}),
         Row("branches, latents", kept),
         Row("prompts, modulations", {
             p: _conditions(config, sizes) + (table if p == "completions" else 0)
@@ -161,7 +117,7 @@ def plan_memory(config: Config, sizes: Sizes, multiprocessors: int = 132) -> Mem
         }),
         Row("activations", {
             "anchor": max(update.forward(), 2 * _chunk(config, sizes)),
-            "completions": completion.forward(fp8, rollout=config.model.fuse),
+            "completions": completing,
             "rewards": _decoding(sizes, rollout.branch_batch, itemsize),
             "backward": update.backward(),
         }),

@@ -81,6 +81,8 @@ class Sizes:
     vae_width: int = 0  # channels at the images' own resolution
     vae_flops: int = 0  # of decoding one image
     encoder_bytes: int = 0  # of the text encoders, in bfloat16
+    double_parameters: int = 0  # of one block
+    single_parameters: int = 0
 
     @property
     def tokens(self) -> int:  # L
@@ -104,11 +106,13 @@ class Sizes:
     def adapters(self, rank: int, targets: Sequence[str]) -> int:
         """Parameters that LoRA adapters of this rank on these linears have."""
         blocks = (self.doubles, self.double_linears), (self.singles, self.single_linears)
+        return sum(count * self.adapters_of(each, rank, targets) for count, each in blocks)
+
+    @staticmethod
+    def adapters_of(linears: Sequence[Linear], rank: int, targets: Sequence[str]) -> int:
+        """Those of one block with these linears."""
         return rank * sum(
-            count * (linear.inputs + linear.outputs)
-            for count, linears in blocks
-            for linear in linears
-            if targeted(linear.name, targets)
+            linear.inputs + linear.outputs for linear in linears if targeted(linear.name, targets)
         )
 
 
@@ -165,7 +169,13 @@ def transformer_sizes(model: nn.Module, source: str, image: int, text: int) -> S
         largest=max(p.numel() for p in model.parameters()),
         double_linears=_linears(model.transformer_blocks),
         single_linears=_linears(model.single_transformer_blocks),
+        double_parameters=_parameters(model.transformer_blocks),
+        single_parameters=_parameters(model.single_transformer_blocks),
     )
+
+
+def _parameters(blocks: nn.ModuleList) -> int:
+    return sum(p.numel() for p in blocks[0].parameters()) if len(blocks) else 0
 
 
 def _linears(blocks: nn.ModuleList) -> tuple[Linear, ...]:

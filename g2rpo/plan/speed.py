@@ -15,8 +15,10 @@ from typing import Any
 from ..config import Config
 from ..errors import ConfigurationError
 from .cards import Card
-from .memory import anchor_rows, completion_evaluations, dtype_of, trained
+from .gpus import ONE, Gpus
+from .memory import completion_evaluations
 from .model import Sizes
+from .states import anchor_rows, dtype_of, steps, trained
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # of a checkout
 
@@ -104,8 +106,11 @@ class Work:
         return (whole + self.evaluations_of_policy * self.evaluation.seconds) / 3600
 
 
-def plan_work(config: Config, sizes: Sizes, card: Card, results: Path = RESULTS) -> Work:
-    """The work of a run and its seconds on a card. results: the folder of measurements."""
+def plan_work(
+    config: Config, sizes: Sizes, card: Card, results: Path = RESULTS, gpus: Gpus = ONE
+) -> Work:
+    """The work of a run and its seconds on a card, of one GPU: what it sends to others apart.
+    results: the folder of measurements."""
     rollout, train = config.rollout, config.train
     prompts, positions = train.prompts_per_update, len(rollout.sde_positions)
     forward = forward_flops(sizes)
@@ -117,8 +122,7 @@ def plan_work(config: Config, sizes: Sizes, card: Card, results: Path = RESULTS)
     # A backward is two forwards, and with checkpointing one more; frozen weights spare half of it.
     backward = 1 if config.model.lora.rank else 2
     passes = 1 + backward + (1 if config.model.gradient_checkpointing else 0)
-    steps = positions if config.objective.stepping == "per_position" else 1
-    moved, basis = _step_seconds(config, sizes, card)
+    moved, basis = _step_seconds(config, sizes, card, gpus)
 
     def phase(name: str, flops: float, rate: Rate) -> Phase:
         seconds = 0.0 if not flops else flops / rate.value if rate.value else None
@@ -130,7 +134,7 @@ def plan_work(config: Config, sizes: Sizes, card: Card, results: Path = RESULTS)
         phase("completions", completions * forward, rates["completions"]),
         phase("decode", samples * sizes.vae_flops, rates["decode"]),
         phase("forward, backward", (passes * gradients + references) * forward, rates["anchor"]),
-        Phase("optimizer", 0.0, None if moved is None else steps * moved, basis),
+        Phase("optimizer", 0.0, None if moved is None else steps(config) * moved, basis),
     )
     shown = train.evaluation_samples
     evaluation = phase(
@@ -180,7 +184,7 @@ def _rates(config: Config, sizes: Sizes, card: Card, results: Path) -> dict[str,
         ("anchor", "ours, bf16" if fused else "diffusers, bf16", anchor_rows(config)),
         ("completions", _completing(fused, fp8), config.rollout.branch_batch),
     ):
-        if found := measured_rate(card, way, rows, results):
+        if found := measured_rate(card, way, sizes.tokens, rows, results):
             rates[which] = found
     return rates
 
@@ -195,17 +199,19 @@ def _share(peak: float, way: str) -> Rate:
     return Rate(share * peak, f"published: {share:.0%} of peak, {PUBLISHED[way]}")
 
 
-def measured_rate(card: Card, way: str, rows: int, results: Path) -> Rate | None:
-    """FLOP/s of a way that bench_flux_forward.py has timed on this card, at the batch nearest."""
-    found: list[tuple[int, float, str]] = []
+def measured_rate(card: Card, way: str, tokens: int, rows: int, results: Path) -> Rate | None:
+    """FLOP/s of a way that bench_flux_forward.py has timed on this card, at the number of tokens
+    nearest, and of these at the batch nearest."""
+    found: list[tuple[int, int, float, str]] = []
     for name, content in _results(card, "flux-forward", results).items():
         for case in content["cases"]:
             if way in case["variants"]:
                 seconds = case["variants"][way]["seconds"]
-                found.append((abs(case["batch"] - rows), case["flops"] / seconds, name))
+                apart = abs(case["tokens"] - tokens), abs(case["batch"] - rows)
+                found.append((*apart, case["flops"] / seconds, name))
     if not found:
         return None
-    _, value, name = min(found)
+    *_, value, name = min(found)
     return Rate(value, f"measured: {name}")
 
 
@@ -232,14 +238,16 @@ def _results(card: Card, kind: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _step_seconds(config: Config, sizes: Sizes, card: Card) -> tuple[float | None, str]:
+def _step_seconds(
+    config: Config, sizes: Sizes, card: Card, gpus: Gpus
+) -> tuple[float | None, str]:
     """One step: bytes through the GPU's memory, and over the link where states are on the host."""
     if not card.bandwidth:
         return None, f"no rates are known of {card.name}"
-    made = trained(config, sizes)
+    made = trained(config, sizes, gpus)
     item = 4 if config.model.lora.rank else dtype_of(config).itemsize
     resident = made.low_bits + made.moments
-    moved = 2 * (item * made.count + resident) + made.gradients + made.factors
+    moved = 2 * (item * made.count + resident) + made.gradients + made.all_factors
     seconds = moved / (BANDWIDTH_SHARE * card.bandwidth)
     basis = f"assumed: {BANDWIDTH_SHARE:.0%} of {card.bandwidth / 1e12:.3g} TB/s"
     # Streamed: both ways at once. Offloaded: away, and back.

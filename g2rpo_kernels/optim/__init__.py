@@ -30,13 +30,8 @@ from torch import Tensor
 from ..gradient_factors import GradientFactors
 from .bitsandbytes import from_bitsandbytes, to_bitsandbytes
 from .pack import Pack, is_pointed, point, run
-from .parts import (
-    Slot,
-    check_group,
-    gradient_of,
-    local,
-    names_of_non_finite,
-)
+from .parts import Slot, check_group, gradient_of, names_of_non_finite
+from .sharding import local, own_rows
 from .states import OptimizerStates
 
 __all__ = ["AdamW8bit", "from_bitsandbytes", "to_bitsandbytes"]
@@ -55,10 +50,16 @@ class AdamW8bit(OptimizerStates):
     seed: of the stochastic rounding, an int. A parameter's random bits depend on it, the number of
         the step and the parameter's place in the optimizer alone; not on how it is sharded.
 
-    State of a parameter (of its local shard) of n elements in B blocks: `step`, int; `exp_avg` and
-    `exp_avg_sq`, uint8 codes in its shape; `exp_avg_scale`, `exp_avg_sq_scale`, float32 [B];
-    `low_bits`, int8 or int16 in its shape; `dtype`, the parameter's, a str. The `state_dict()` of
-    sharded parameters is this process's alone: every process saves its own.
+    State of a parameter of B blocks: `step`, int; `exp_avg` and `exp_avg_sq`, uint8 codes in its
+    shape; `exp_avg_scale`, `exp_avg_sq_scale`, float32 [rows, blocks of a row] where it has two
+    dimensions or more and rows of whole blocks, else [B]; `low_bits`, int8 or int16 in its shape;
+    `dtype`, the parameter's, a str.
+
+    DTensors are stepped to the same bits on any number of processes, values and states. Where rows
+    are of whole blocks, or shards are equal and of whole blocks, `state` is of the local shard.
+    Others (biases, norms, small matrices) are gathered at every step, which is a collective of
+    their mesh, and `state` is of the whole on every process. `state_dict()` and `load_state_dict()`
+    speak of whole parameters, and so of no number of processes.
 
     Raises TypeError and ValueError that name what is wrong.
     """
@@ -105,6 +106,8 @@ class AdamW8bit(OptimizerStates):
         zero_grad: bool = False,
     ) -> Any:
         """Step every parameter that has a gradient, `.grad` or `.grad_factors`.
+
+        A DTensor has a gradient on all processes of its mesh or on none: the step is a collective.
 
         grad_scale: what gradients are multiplied by on the way, without a pass of its own: of
             clipping, or a loss scale's inverse. The caller vouches for the gradients that it was
@@ -168,6 +171,9 @@ class AdamW8bit(OptimizerStates):
             pack.members.append((slot, param, grad.contiguous(), state))
         for pack in packs.values():
             run(pack, scale, zero_grad)
+        for slot, param, _, _ in ready:
+            if slot.gathered:
+                local(slot.param).copy_(own_rows(slot, param))
 
     def _ready(
         self, slots: list[Slot], gradients: list[Tensor | GradientFactors | None]
@@ -178,7 +184,9 @@ class AdamW8bit(OptimizerStates):
             if grad is None:
                 continue
             param = slot.param if slot.mesh is None else local(slot.param)
-            state = self.state[slot.param] or self._state_of(slot, param)
+            if slot.gathered:
+                param, grad = slot.param.full_tensor(), slot.param.grad.full_tensor()
+            state = self.state[slot.param] or self._state_of(slot)
             if not is_pointed(slot, state, param):
                 point(slot, state, param, self.param_groups[slot.group])
             ready.append((slot, param, grad, state))
@@ -205,7 +213,9 @@ class AdamW8bit(OptimizerStates):
         for slot, grad in zip(slots, gradients):
             if isinstance(grad, GradientFactors):
                 _drop_factors(slot.param)
-            elif grad is not None and (everything or not grad.is_contiguous()):
+            elif grad is not None and (
+                everything or slot.gathered or not grad.is_contiguous()
+            ):
                 grad.zero_()
 
 

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..gradient_factors import is_dtensor
 from .arithmetic import decode, dynamic_code, encode
-from .parts import PARAM_DTYPES, local, state_layout
+from .parts import PARAM_DTYPES, state_layout, with_scales_of
 
 if TYPE_CHECKING:
     from . import AdamW8bit
@@ -35,7 +36,7 @@ def to_bitsandbytes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A `state_dict()` of gk.AdamW8bit as `bitsandbytes.optim.AdamW8bit.load_state_dict` takes it.
 
     The tensors are not copied where they can be shared. Raises ValueError for another codec than
-    "dynamic" or another block size than 256.
+    "dynamic" or another block size than 256, and for DTensors.
     """
     for i, group in enumerate(state_dict["param_groups"]):
         for name, expected in (("codec", "dynamic"), ("block_size", BLOCK_SIZE)):
@@ -45,7 +46,7 @@ def to_bitsandbytes(state_dict: Mapping[str, Any]) -> dict[str, Any]:
                     "bitsandbytes has"
                 )
     return {
-        "state": {i: _to_theirs(state) for i, state in state_dict["state"].items()},
+        "state": {i: _to_theirs(f"state {i}", s) for i, s in state_dict["state"].items()},
         "param_groups": [
             THEIRS | {name: value for name, value in group.items() if name not in OURS}
             for group in state_dict["param_groups"]
@@ -57,7 +58,8 @@ def from_bitsandbytes(state_dict: Mapping[str, Any], optimizer: AdamW8bit) -> di
     """A `state_dict()` of bitsandbytes' AdamW8bit as `optimizer.load_state_dict` takes it.
 
     optimizer: of the same parameters in the same order and groups, with codec "dynamic" and block
-        size 256; it is not changed. lr, betas, eps and weight_decay are bitsandbytes'.
+        size 256; it is not changed. lr, betas, eps and weight_decay are bitsandbytes'. Where it has
+        DTensors the states are still those of the whole parameters.
 
     Raises ValueError for states of other parameters, another code, or not blockwise.
     """
@@ -77,14 +79,20 @@ def from_bitsandbytes(state_dict: Mapping[str, Any], optimizer: AdamW8bit) -> di
         groups.append(kept | {name: group[name] for name in OURS})
         for i, param in zip(theirs["params"], group["params"]):
             if state := state_dict["state"].get(i):
-                states[i] = _from_theirs(f"state {i}", state, local(param), group)
+                states[i] = _from_theirs(f"state {i}", state, param, group)
     return {"state": states, "param_groups": groups}
 
 
-def _to_theirs(state: Mapping[str, Any]) -> dict[str, Any]:
+def _to_theirs(where: str, state: Mapping[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {"step": state["step"]}
     for ours, name, number, signed in MOMENTS:
-        codes, scale = state[ours], state[f"{ours}_scale"]
+        codes = state[ours]
+        if is_dtensor(codes):
+            raise ValueError(
+                f"{where} has {ours} as a DTensor; expected ordinary tensors (its full_tensor()), "
+                "which is what bitsandbytes has"
+            )
+        scale = state[f"{ours}_scale"].reshape(-1)
         if codes.numel() >= LEAST_8BIT:
             made[name], made[f"absmax{number}"] = codes, scale
             made[f"qmap{number}"] = dynamic_code(signed, codes.device).value
@@ -118,10 +126,11 @@ def _from_theirs(
         if not torch.allclose(qmap.cpu(), dynamic_code(signed).value, rtol=1e-5, atol=1e-9):
             raise ValueError(f"{name} has another qmap{number} than bitsandbytes' dynamic map")
         made[ours], made[f"{ours}_scale"] = moment, absmax
-    for key, (shape, dtype) in state_layout(param, group).items():
-        if key == "low_bits":
-            made[key] = torch.zeros(shape, dtype=dtype, device=made["exp_avg"].device)
-    return made
+    layout = state_layout(param.shape, param.dtype, group)
+    if "low_bits" in layout:
+        shape, dtype = layout["low_bits"]
+        made["low_bits"] = torch.zeros(shape, dtype=dtype, device=made["exp_avg"].device)
+    return with_scales_of(layout, made)
 
 
 def _quantized(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:

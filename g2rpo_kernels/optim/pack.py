@@ -49,7 +49,7 @@ def point(slot: Slot, state: Mapping[str, Any], param: Tensor, group: Mapping[st
     A backend writes where these point: they must be what the parameter needs, on its device.
     """
     check_contiguous(param, slot.name)
-    check_state(slot.name, state, param, group)
+    check_state(slot.name, state, param.shape, param.dtype, group)
     owners = tuple(map(state.get, TENSORS))
     for key, tensor in zip(TENSORS, owners):
         if tensor is None:
@@ -105,7 +105,8 @@ def _run_reference(pack: Pack, k: Constants, zero_grad: bool) -> None:
         low_bits = state.get("low_bits")
         step_reference(
             param.view(-1), grad.view(-1), state["exp_avg"].view(-1),
-            state["exp_avg_sq"].view(-1), state["exp_avg_scale"], state["exp_avg_sq_scale"],
+            state["exp_avg_sq"].view(-1), state["exp_avg_scale"].view(-1),
+            state["exp_avg_sq_scale"].view(-1),
             None if low_bits is None else low_bits.view(-1),
             k, pack.group["block_size"], pack.group["codec"], seed & MASK64, slot.first,
         )  # fmt: skip

@@ -1,13 +1,12 @@
 """The parameters of an AdamW8bit: what is expected of them, of their gradients and of numbers.
 
-A parameter may be a DTensor; what is stepped is then this process's shard of it, and `first` says
-where that begins in the whole parameter, so that its random bits are those of the whole.
+A parameter may be a DTensor; sharding.py says whether this process steps its shard of it then, or
+the whole.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..gradient_factors import GradientFactors, _fold
+from ..gradient_factors import GradientFactors, _fold, is_dtensor
 from .arithmetic import CODECS, LOW_BITS, LOW_DTYPES
+from .sharding import from_dtensor, local, own_rows, place, stepped_shape
 
 PARAM_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 GRAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,8 +35,11 @@ class Slot:
     name: str
     group: int
     index: int  # among all parameters: a part of its random bits' seed
-    first: int = 0  # of the local shard, in the whole parameter
+    first: int = 0  # element of the whole that what is stepped here begins at
     mesh: Any = None  # DeviceMesh of a DTensor
+    sharded: bool = False  # a DTensor of which each process steps its shard
+    gathered: bool = False  # a DTensor of which each process steps the whole
+    row: int = 0  # of the whole, that the local shard begins at
     # Of the state's tensors as they were last checked, to see that they are the same, and cheaply:
     owners: tuple[Tensor | None, ...] = (None,) * 5
     pointers: tuple[int, ...] = ()
@@ -84,13 +87,13 @@ def _check_number(name: str, value: Any, expected: str, holds: Any) -> None:
 # Parameters -------------------------------------------------------------------------------------
 
 
-def make_slot(param: Tensor, name: str, group: int, index: int) -> Slot:
+def make_slot(param: Tensor, name: str, group: int, index: int, block_size: int) -> Slot:
     """Raises TypeError or ValueError, naming the parameter, for what cannot be stepped."""
     slot = Slot(param, name, group, index)
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(f"{name} has dtype {param.dtype}; expected bfloat16 or float32")
     if is_dtensor(param):
-        slot.first, slot.mesh = _first_element(param, name), param.device_mesh
+        place(slot, block_size)
     elif param.layout is not torch.strided or is_traceable_wrapper_subclass(param):
         raise TypeError(
             f"{name} is a {type(param).__name__} of layout {param.layout}; expected an ordinary "
@@ -108,56 +111,23 @@ def check_contiguous(param: Tensor, name: str) -> None:
         )
 
 
-def is_dtensor(x: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # who has one has imported it
-    return module is not None and isinstance(x, module.DTensor)
-
-
-def local(x: Tensor) -> Tensor:
-    """The tensor itself, or this process's part of a DTensor; call under no_grad."""
-    return x.to_local() if is_dtensor(x) else x
-
-
-def _first_element(param: Any, name: str) -> int:
-    """Where the local shard begins in the whole parameter, flattened; a multiple of 8."""
-    from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    for placement in param.placements:
-        whole = type(placement) is Replicate
-        if not whole and not (type(placement) is Shard and placement.dim == 0):
-            raise ValueError(
-                f"{name} is a DTensor placed as {param.placements}; expected Shard(0) and "
-                "Replicate() only, whose shards are contiguous in the whole"
-            )
-    _, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
-    inner, rows = math.prod(param.shape[1:]), param.shape[0] if param.ndim else 1
-    first = offset[0] * inner if offset and param.to_local().numel() else 0
-    begins = [first]
-    for placement, parts in zip(param.placements, param.device_mesh.shape):
-        if type(placement) is Shard and parts > 1:  # so that all processes refuse it, or none
-            rows = -(-rows // parts)
-            begins.append(rows * inner)
-    if any(begin % 8 for begin in begins):
-        raise ValueError(
-            f"{name}, a DTensor of shape {tuple(param.shape)}, has shards of {rows * inner} "
-            f"elements, this one from {first} on; expected multiples of 8, since eight elements "
-            "share their random bits"
-        )
-    return first
-
-
 # Gradients --------------------------------------------------------------------------------------
 
 
 def gradient_of(slot: Slot) -> Tensor | GradientFactors | None:
-    """What the parameter has of a gradient in this process, checked; None where there is none."""
+    """What the parameter has of a gradient in this process, checked; None where there is none.
+
+    Of a DTensor's it is the local part, which shares its memory.
+    """
     param, name = slot.param, slot.name
     factors = getattr(param, "grad_factors", None)
     grad = param.grad
     if factors is not None:
+        if slot.sharded or slot.gathered:
+            raise TypeError(
+                f"the gradient of {name} is kept as factors; expected a DTensor placed as the "
+                f"parameter, {param.placements}"
+            )
         if grad is None:
             return factors
         _fold(param)  # something added a dense gradient of its own
@@ -227,44 +197,89 @@ def _anywhere(found: list[int], count: int, mesh: Any) -> list[int]:
 
 
 def state_layout(
-    param: Tensor, group: Mapping[str, Any]
+    shape: tuple[int, ...], dtype: torch.dtype, group: Mapping[str, Any]
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of a (local) parameter's state: codes in its shape, a scale a block."""
-    shape, blocks = tuple(param.shape), -(-param.numel() // group["block_size"])
+    """Shapes and dtypes of the state of a parameter (or shard) of this shape and dtype.
+
+    Codes are in its shape. Scales are one a block: [rows, blocks] where rows are whole blocks, so
+    that whoever takes rows of the codes takes the same ones of the scales; else [blocks].
+    """
+    shape, block_size = tuple(shape), group["block_size"]
+    inner = math.prod(shape[1:])
+    scales: tuple[int, ...] = (-(-math.prod(shape) // block_size),)
+    if len(shape) >= 2 and inner % block_size == 0:
+        scales = shape[0], inner // block_size
     layout = {
         **dict.fromkeys(CODES, (shape, torch.uint8)),
-        **dict.fromkeys(SCALES, ((blocks,), torch.float32)),
+        **dict.fromkeys(SCALES, (scales, torch.float32)),
     }
     low_bits = LOW_BITS[group["master_bits"]]
-    if low_bits and param.dtype is torch.bfloat16:
+    if low_bits and dtype is torch.bfloat16:
         layout["low_bits"] = (shape, LOW_DTYPES[low_bits])
     return layout
 
 
 def check_state(
-    name: str, state: Mapping[str, Any], param: Tensor, group: Mapping[str, Any]
+    name: str,
+    state: Mapping[str, Any],
+    shape: tuple[int, ...],
+    param_dtype: torch.dtype,
+    group: Mapping[str, Any],
 ) -> None:
-    """A state of this (local) parameter, whatever device it is on.
+    """A state of a parameter (or shard) of this shape and dtype, whatever device it is on.
 
     Raises ValueError naming the parameter.
     """
-    if PARAM_DTYPES.get(param.dtype) != state.get("dtype", PARAM_DTYPES.get(param.dtype)):
+    if PARAM_DTYPES.get(param_dtype) != state.get("dtype", PARAM_DTYPES.get(param_dtype)):
         raise ValueError(
-            f"{name} has dtype {param.dtype}; its optimizer state was made for {state['dtype']}"
+            f"{name} has dtype {param_dtype}; its optimizer state was made for {state['dtype']}"
         )
-    layout = state_layout(param, group)
+    layout = state_layout(shape, param_dtype, group)
     if state.keys() != {"step", "dtype", *layout}:
         raise ValueError(
             f"the state of {name} has {sorted(state)}; expected "
             f"{sorted(('step', 'dtype', *layout))}"
         )
-    for key, (shape, dtype) in layout.items():
+    for key, (expected, dtype) in layout.items():
         value = state[key]
-        if not isinstance(value, Tensor) or value.dtype is not dtype or value.shape != shape:
+        if not isinstance(value, Tensor) or value.dtype is not dtype or value.shape != expected:
             given = (
                 f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else value
             )
             raise ValueError(
-                f"the state of {name} has {key} {given}; expected {dtype} {tuple(shape)}"
+                f"the state of {name} has {key} {given}; expected {dtype} {tuple(expected)}"
             )
 
+
+def own_state(slot: Slot, given: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any]:
+    """What this process keeps of a state in a state dict, checked: views of what was given.
+
+    given: tensors of the whole parameter or, of one stepped by shards, DTensors placed as it is.
+        Scales may be [blocks], as older versions saved them.
+
+    Raises ValueError naming the parameter.
+    """
+    whole, dtype = slot.param.shape, slot.param.dtype
+    state = with_scales_of(state_layout(whole, dtype, group), given)
+    check_state(slot.name, state, whole, dtype, group)
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        if is_dtensor(value):
+            state[key] = from_dtensor(slot, key, value)
+        elif slot.sharded:
+            state[key] = own_rows(slot, value)
+    check_state(slot.name, state, stepped_shape(slot), dtype, group)
+    return state
+
+
+def with_scales_of(
+    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], state: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The state with scales in the layout's shape, where they are [blocks] and as many."""
+    made = dict(state)
+    for key in SCALES:
+        value, shape = made.get(key), layout[key][0]
+        if isinstance(value, Tensor) and value.ndim == 1 and value.numel() == math.prod(shape):
+            made[key] = value if is_dtensor(value) else value.reshape(shape)
+    return made
