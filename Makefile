@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
+BASE ?=
 
 # Written only after an install that succeeded, so a failed one is taken up again. What the tests and
 # benchmarks need comes with the first of them: triton alone is 200 MB that a demo can do without.
@@ -26,7 +27,8 @@ for part in json.load(open("g2rpo_kernels/_build.json"))["left_out"]]
 # Python writes the bytecode of what it imports, if the user's shell does not forbid it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help demo test test-slow bench bench-flux gpu-check dist constraints clean
+.PHONY: help demo test test-slow bench bench-flux bench-compare bench-instructions gpu-check dist
+.PHONY: constraints clean
 
 help:
 	@echo "make demo         train the digits model with G2RPO (ARGS='--key value' are passed on)"
@@ -34,10 +36,15 @@ help:
 	@echo "                  look at pages in a browser are skipped without one: apt-get install chromium"
 	@echo "make test-slow    run the tests that take minutes: twenty kills, the FLUX example"
 	@echo "make bench        measure the ops on this machine (ARGS are passed to benchmarks/run.py)"
-	@echo "make bench-flux   measure FLUX's forward, an update, the optimizer's step and the block ops on a"
-	@echo "                  GPU (ARGS='--size toy': anywhere)"
+	@echo "make bench-flux   measure ceilings, FLUX's blocks, forward and update, the optimizer's step and the"
+	@echo "                  published loop on a GPU (ARGS='--size toy': anywhere)"
+	@echo "make bench-compare BASE=REF: time the ops of a commit and of the working tree in turns; an"
+	@echo "                  error if one got slower (ARGS: of benchmarks/compare_versions.py)"
+	@echo "make bench-instructions: count the instructions of the native CPU ops anew, with valgrind,"
+	@echo "                  into benchmarks/instructions/ (ARGS=--check: compare with those there)"
 	@echo "make gpu-check    test and measure on a GPU with PYTHON=$(PYTHON) and the torch it has"
-	@echo "                  (ARGS='--only PART', of build tests flux-forward flux-update optimizer ops flux-blocks)"
+	@echo "                  (ARGS='--only PART', of build tests ceilings ops flux-blocks flux-forward"
+	@echo "                  optimizer flux-update reference)"
 	@echo "make dist         build the sdist and the wheel into dist/"
 	@echo "make constraints  resolve the pins of constraints.txt anew"
 	@echo "make clean        remove $(VENV) and everything built; training runs stay"
@@ -64,8 +71,17 @@ bench: $(TEST_STAMP)
 
 # Of the ARGS that all take. Each is measured whatever became of those before it.
 bench-flux: $(TEST_STAMP)
-	failed=0; for name in flux_forward flux_update adamw8bit blocks; do \
+	failed=0; for name in ceilings blocks flux_forward adamw8bit flux_update reference; do \
 	    $(BIN)/python benchmarks/bench_$$name.py $(ARGS) || failed=$$?; done; exit $$failed
+
+# The working tree's extension is the one that lies there: made anew first if its sources changed.
+bench-compare: $(TEST_STAMP)
+	@test -n "$(BASE)" || { echo "make bench-compare: name a commit, as in BASE=main" >&2; exit 2; }
+	$(BIN)/python benchmarks/compare_versions.py --base '$(BASE)' $(ARGS)
+
+# Of the extension that lies there, by which tests/test_instruction_guard.py holds the next ones.
+bench-instructions: $(TEST_STAMP)
+	$(BIN)/python benchmarks/callgrind.py $(ARGS)
 
 # Without the virtual environment: a machine with a GPU has its own build of torch.
 gpu-check:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
 import math
 import signal
@@ -14,7 +13,9 @@ from contextlib import contextmanager, nullcontext
 import torch
 import torch._dynamo
 import torch._inductor.config
-from flux_shapes import SIZES, Size, flops, new_transformer, transformer_inputs
+from ceilings import BFLOAT16
+from ceilings import FP8 as FP8_PRODUCTS
+from flux_shapes import Size, flops, transformer_inputs
 from measure import first_line
 from timing import Block, Variant, event_block, interleave, quartiles, ratio, wall_block
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ ROLLOUT, FP8 = "ours, rollout, bf16", "ours, rollout, FP8"
 TORCHAO = "torchao FP8 + torch.compile"
 # Eager first, what is fused together: fewer moves of the weights.
 WAYS = (EAGER, COMPILED, FUSED_COMPILED, FUSED, ROLLOUT, FP8)
+MOST_PRODUCTS = {FP8: FP8_PRODUCTS, TORCHAO: FP8_PRODUCTS}  # whose peak a way is a share of
 TOLERANCE = {FP8: 0.3, TORCHAO: 0.3}  # of the velocity, relative in norm: the same computation?
 BF16_TOLERANCE = 0.1
 COMPILE_SECONDS = {"flux": 120.0, "toy": 18.0}  # so that the toy's whole run stays below a minute
@@ -61,36 +63,21 @@ def apart(found: Tensor, true: Tensor) -> float:
     return away if math.isfinite(away) else math.inf
 
 
-@torch.no_grad()
-def errors(device: str) -> dict[str, dict[str, float]]:
-    """Of each way's velocity at toy size, against float32 and against diffusers' bfloat16."""
-    size = SIZES["toy"]
-    model, given = new_transformer(size, device), transformer_inputs(size, 2, device)
-    exact = copy.deepcopy(model).float()
-    wide = {k: v.float() if isinstance(v, Tensor) else v for k, v in given.items()}
-    true, eager = exact(**wide)[0], model(**given)[0]
-    gk.fuse_flux(model)
-    found = {EAGER: eager, FUSED: model(**given)[0]}
-    # What this hardware does not multiply is emulated: the same numbers.
-    with gk.Fp8Rollout(model, emulate=True):
-        found[FP8] = model(**given)[0]
-    return {
-        name: {"float32": apart(out, true), "eager": apart(out, eager)}
-        for name, out in found.items()
-    }
-
-
 class Forward:
-    """One transformer in the states that are timed."""
+    """One transformer in the states that are timed. size: of the images, may be changed between
+    cases. peaks: TFLOP/s of matrix products by dtype, as `ceilings.peaks` has them."""
 
     def __init__(
-        self, model: nn.Module, size: Size, device: str, options: argparse.Namespace
-    ) -> None:
+        self, model: nn.Module, size: Size, device: str, options: argparse.Namespace,
+        peaks: dict[str, float],
+    ) -> None:  # fmt: skip
         self.model, self.size, self.device, self.options = model, size, device, options
+        self.peaks = peaks
         self.weights = sum(p.nbytes for p in model.parameters())
         self.fp8, self.why_no_fp8 = None, ""
         self.compiled: dict[str, list[Callable]] = {}
-        self.velocities: dict[int, Tensor] = {}  # eager's by batch, what torchao is compared with
+        # Eager's by tokens and batch, what torchao's are compared with.
+        self.velocities: dict[tuple[int, int], Tensor] = {}
         gk.fuse_flux(model)
         try:
             self.fp8 = gk.Fp8Rollout(model, emulate=device == "cpu")
@@ -211,17 +198,19 @@ class Forward:
             return event_block(variant, 1, 0.0)
         return wall_block(variant, 1, 1, self.synchronize)
 
-    def measure(self, batch: int, say: Callable[[str], None]) -> dict:
-        """Every way but torchao at one batch, in alternating rounds."""
+    def measure(
+        self, batch: int, say: Callable[[str], None], ways: tuple[str, ...] = WAYS
+    ) -> dict:
+        """These ways (not torchao) at one batch, in alternating rounds."""
         self.forget()
         given = transformer_inputs(self.size, batch, self.device)
-        row: dict = {"variants": {}, "errors": {}}
-        names = list(WAYS)
+        row: dict = {"peaks": self.peaks, "variants": {}, "errors": {}}
+        names = list(ways)
         if self.fp8 is None:
             row["errors"][FP8] = self.why_no_fp8
             names.remove(FP8)
         if self.options.no_compile:
-            for name in (COMPILED, FUSED_COMPILED):
+            for name in [name for name in names if "compile" in name]:
                 row["errors"][name] = "left out by --no-compile"
                 names.remove(name)
         eager, timed = None, []
@@ -234,24 +223,26 @@ class Forward:
                 eager = out if name == EAGER else eager
             del out
         if eager is not None:
-            self.velocities[batch] = eager.cpu()
+            self.velocities[self.size.tokens, batch] = eager.cpu()
         say(f"batch {batch}: rounds of {len(timed)} ways")
         seconds = interleave(
             {v.name: self.block(v) for v in timed}, self.options.rounds, self.options.budget
         )
         for name, times in seconds.items():
-            row["variants"][name] |= self.figures(batch, times) | {
+            row["variants"][name] |= self.figures(name, batch, times) | {
                 "interleaved": True,
                 "speedup": ratio(seconds[EAGER], times) if EAGER in seconds else None,
             }
         row["rounds"] = len(next(iter(seconds.values()), []))
         return row
 
-    def figures(self, batch: int, times: list[float]) -> dict:
+    def figures(self, name: str, batch: int, times: list[float]) -> dict:
         low, middle, high = quartiles(times)
+        peak = self.peaks.get(MOST_PRODUCTS.get(name, BFLOAT16))
+        tflops = flops(self.size, batch) / middle / 1e12
         return {
             "seconds": middle, "low": low, "high": high,
-            "tflops": flops(self.size, batch) / middle / 1e12,
+            "tflops": tflops, "of_peak": tflops / peak if peak else None,
             "timer": "events" if self.device == "cuda" else "wall",
             "each_round": [float(f"{s:.4g}") for s in times],
         }  # fmt: skip
@@ -289,12 +280,14 @@ class Forward:
         self.forget()
         say(f"batch {row['batch']}: {TORCHAO}")
         variant = self.variant(TORCHAO, transformer_inputs(self.size, row["batch"], self.device))
-        if self.try_out(variant, self.velocities.get(row["batch"]), row) is None:
+        eager = self.velocities.get((self.size.tokens, row["batch"]))
+        if self.try_out(variant, eager, row) is None:
             return
         seconds = interleave({TORCHAO: self.block(variant)}, self.options.rounds, 0)[TORCHAO]
         eager = row["variants"].get(EAGER)
         entry = row["variants"][TORCHAO]
-        entry |= self.figures(row["batch"], seconds) | {"interleaved": False, "speedup": None}
+        entry |= self.figures(TORCHAO, row["batch"], seconds)
+        entry |= {"interleaved": False, "speedup": None}
         if eager:
             entry["speedup"] = {"median": eager["seconds"] / entry["seconds"]}
 

@@ -1,5 +1,5 @@
-"""FLUX's part of the README: its block ops, its forward, an update and the optimizer's step, from
-what was measured on GPUs.
+"""FLUX's part of the README: what the GPU can do at most, block ops, a forward, an update, the
+published loop and the optimizer's step, from what was measured on GPUs.
 
 Only FLUX's size on a GPU gets there; the toy on any device says nothing about speed.
 """
@@ -8,12 +8,33 @@ from __future__ import annotations
 
 import bench_adamw8bit
 import bench_blocks
+import bench_ceilings
 import bench_flux_forward
 import bench_flux_update
-from flux_results import ADAMW, BLOCKS, FORWARD, UPDATE, decides, heading, not_timed
-from texts import copy_text, markdown_table, rounds_text
+import bench_reference
+from ceilings import BFLOAT16, FP8
+from flux_results import (
+    ADAMW,
+    BLOCKS,
+    CEILINGS,
+    FORWARD,
+    REFERENCE,
+    UPDATE,
+    decides,
+    heading,
+    not_timed,
+)
+from texts import copy_text, markdown_table, number_text, rounds_text
+
+PRODUCTS = (BFLOAT16, FP8)  # whose peaks a forward's share is of
 
 SECTIONS = {  # by kind: title, and what the benchmark would do
+    CEILINGS: (
+        "What the GPU can do at most",
+        "`python benchmarks/bench_ceilings.py`, on a GPU, times a copy, matrix products in "
+        "bfloat16 and FP8 at FLUX's shapes, attention and launches, of which the shares elsewhere "
+        "are shares",
+    ),
     BLOCKS: (
         "FLUX's blocks",
         "`python benchmarks/bench_blocks.py`, on a GPU, times every block op at FLUX's shapes "
@@ -29,6 +50,11 @@ SECTIONS = {  # by kind: title, and what the benchmark would do
         "`python benchmarks/bench_flux_update.py`, on a GPU, makes updates of one prompt on random "
         "weights of FLUX.1-dev's shape with the preset `flux-dev-1gpu`: seconds and peak memory by "
         "phase beside the prediction of `g2rpo plan`",
+    ),
+    REFERENCE: (
+        "Beside the published loop",
+        "`python benchmarks/bench_reference.py`, on a GPU, times the training loop as "
+        "Granular-GRPO's publication describes it, re-created, beside an update of ours",
     ),
     ADAMW: (
         "A step of AdamW8bit",
@@ -54,9 +80,40 @@ def section(kind: str, contents: list[dict]) -> str:
             f"`benchmarks/results/{kind}-<gpu>.json`; `make gpu-check` runs it too, and `python "
             "benchmarks/report.py` then puts it here."
         )
-    markdown = {BLOCKS: blocks_markdown, FORWARD: forward_markdown, UPDATE: update_markdown,
-                ADAMW: adamw_markdown}[kind]  # fmt: skip
+    markdown = {
+        CEILINGS: ceilings_markdown, BLOCKS: blocks_markdown, FORWARD: forward_markdown,
+        UPDATE: update_markdown, REFERENCE: reference_markdown, ADAMW: adamw_markdown,
+    }[kind]  # fmt: skip
     return "\n\n".join([f"### {title}", *map(markdown, contents)])
+
+
+def ceilings_markdown(content: dict) -> str:
+    """One GPU's ceilings: the peaks, and every case folded away."""
+    rows = content["cases"]
+    lines = [line for row in rows for line in bench_ceilings.cells(row)]
+    text = (
+        f"{bench_ceilings.peak_text(content)} Medians of {rounds_text(rows)} alternating rounds; "
+        "FP8 is `torch._scaled_mm` with a scale a row; attention is a forward."
+    )
+    return "\n".join(
+        [head(content), "", text, "", f"<details><summary>{len(rows)} cases</summary>", "",
+         *markdown_table(lines), "", "</details>", *left_out(content)]
+    )  # fmt: skip
+
+
+def reference_markdown(content: dict) -> str:
+    """One GPU's comparison with the published loop: a table each."""
+    lines = [head(content)]
+    for row in content["cases"]:
+        lines += ["", f"{bench_reference.summary(row)}.", ""]
+        lines += markdown_table(bench_reference.cells(row), words=2)
+    text = (
+        "The loop is re-created from its description (`benchmarks/reference_loop.py`): one image "
+        "a forward, nothing shared, diffusers' transformer as it is, torch's AdamW on float32. Its "
+        "seconds are those of the pieces timed times the pieces asked for. Rewards cost nothing "
+        "in either."
+    )
+    return "\n".join([*lines, "", text, *left_out(content)])
 
 
 def blocks_markdown(content: dict) -> str:
@@ -87,17 +144,25 @@ def forward_markdown(content: dict) -> str:
     """One GPU's table of forwards, and the errors of the velocity."""
     rows = content["cases"]
     tokens = ", ".join(map(str, sorted({row["tokens"] for row in rows})))
+    found = {name: value for row in rows for name, value in row["peaks"].items()
+             if name in PRODUCTS}  # fmt: skip
+    peaks = " and ".join(f"{name} {number_text(value)} TFLOP/s" for name, value in found.items())
+    peaks = peaks or "not measured"
     text = (
         f"Time between two events, the host's gaps included; medians of {rounds_text(rows)} "
         f"alternating rounds, ratios within rounds but for those marked; {tokens} tokens an image. "
-        "TFLOP/s are of the formula in `benchmarks/flux_shapes.py`, whatever a way computes. Peak "
-        "memory: the weights, in FP8 their copies too, and what one forward adds. Apart from "
-        "eager: the velocity's difference, relative in norm."
+        "TFLOP/s are of the formula in `benchmarks/flux_shapes.py`, whatever a way computes; of "
+        f"peak: of the most that was seen in matrix products ({peaks}). Peak memory: the weights, "
+        "in FP8 their copies too, and what one forward adds. Apart from eager: the velocity's "
+        "difference, relative in norm."
     )
     ways = [line for row in rows for line in bench_flux_forward.cells(row)]
-    lines = [head(content), "", *markdown_table(ways, words=2), "", text]
+    lines = [head(content), "", *markdown_table(ways, words=3), "", text]
     if errors := bench_flux_forward.error_lines(content["errors"]):
         lines += ["", *markdown_table(errors, words=1)]
+    if errors := bench_flux_forward.sigma_lines(content["sigma_errors"]):
+        lines += ["", "One image of FLUX's own shape on random weights, relative in norm:", "",
+                  *markdown_table(errors, words=0)]  # fmt: skip
     return "\n".join([*lines, *goals(bench_flux_forward.goals(content)), *left_out(content)])
 
 

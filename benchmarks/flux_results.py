@@ -24,14 +24,20 @@ from texts import machine_text
 from g2rpo import doctor
 
 # The kinds that the README shows.
-BLOCKS, FORWARD, UPDATE, ADAMW = "flux-blocks", "flux-forward", "flux-update", "adamw8bit"
+CEILINGS, BLOCKS, FORWARD = "ceilings", "flux-blocks", "flux-forward"
+ADAMW, UPDATE, REFERENCE = "adamw8bit", "flux-update", "reference-loop"
 PACKAGES = ("diffusers", "torchao", "bitsandbytes")  # whose versions matter
 KEYS = {"kind", "size", "device", "machine", "versions", "date", "commit", "cases", "left_out"}
 ROW_KEYS = {  # by kind, of a case and of each of its variants
+    CEILINGS: (
+        {"case", "task", "shape", "work", "unit", "rounds", "variants", "errors"},
+        {"seconds", "rate"},
+    ),
     BLOCKS: (CASE_KEYS | {"rounds"}, VARIANT_KEYS),
     FORWARD: (
-        {"case", "batch", "tokens", "flops", "rounds", "variants", "errors"},
-        {"seconds", "tflops", "speedup", "peak_bytes", "away_from_eager", "interleaved"},
+        {"case", "batch", "tokens", "flops", "rounds", "peaks", "variants", "errors"},
+        {"seconds", "tflops", "of_peak", "speedup", "peak_bytes", "away_from_eager",
+         "interleaved"},
     ),
     UPDATE: (
         {"case", "preset", "overrides", "prompts", "updates", "seconds", "rows", "phases",
@@ -43,6 +49,12 @@ ROW_KEYS = {  # by kind, of a case and of each of its variants
          "copy", "variants", "errors"},
         {"seconds", "ns_per_element", "moved_bytes", "state_bytes", "gb_per_second",
          "copy_fraction", "host_seconds"},
+    ),
+    REFERENCE: (
+        {"case", "steps", "positions", "granularities", "group_size", "extrapolated",
+         "evaluations", "ours_evaluations", "phases", "seconds", "dtypes", "ours", "ratio",
+         "variants", "errors"},
+        set(),
     ),
 }  # fmt: skip
 
@@ -91,7 +103,8 @@ def load(path: Path, kind: str) -> dict:
         raise ResultsError(f"{path} is not JSON ({error}); measure again") from error
     if not isinstance(content, dict) or content.get("kind") != kind:
         raise ResultsError(f"{path} has no kind {kind!r}; measure again")
-    require(path, "it", content, KEYS | ({"errors"} if kind == FORWARD else set()))
+    of_file = {"errors", "sigma_errors"} if kind == FORWARD else set()
+    require(path, "it", content, KEYS | of_file)
     of_case, of_variant = ROW_KEYS[kind]
     for row in content["cases"]:
         require(path, f"case {row.get('case')!r}", row, of_case)

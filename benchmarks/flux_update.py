@@ -19,6 +19,7 @@ from g2rpo.plan import make_plan
 from g2rpo.plan.cards import CARDS, Card
 from g2rpo.policy import Conditions, FluxPolicy
 from g2rpo.rewards import Reward
+from g2rpo.schedule import evaluations_per_prompt
 from g2rpo.trainer import Trainer
 
 # FLUX.1-dev's vae/config.json.
@@ -119,6 +120,12 @@ def configure(
         config.rollout.height = config.rollout.width = None
     config.validate(training=False)
     return config, overrides
+
+
+def evaluations(config: Config) -> int:
+    """Of a prompt's rollout: transformer evaluations before the update's own."""
+    of = config.rollout
+    return evaluations_per_prompt(of.steps, of.sde_positions, of.granularities, of.group_size)
 
 
 class Run:

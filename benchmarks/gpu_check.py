@@ -2,18 +2,23 @@
 
     python3 benchmarks/gpu_check.py [--only PART ...] [--limit SECONDS] [--resume]
 
-Parts: `build` the extension in place where it lacks CUDA and nvcc is there; `tests` of what runs on
-every backend of this card; and the benchmarks, each with the cases that matter most first:
-`flux-forward`, `flux-update` (a whole update of one prompt), `optimizer` (a step of AdamW8bit),
-`ops`, `flux-blocks`. In three runs of at most ten minutes each:
+Parts, in this order: `build` the extension in place where it lacks CUDA and nvcc is there; `tests`
+of what runs on every backend of this card; `ceilings`, what the card does at most, of which shares
+are shares; and the benchmarks, each with the cases that matter most first: `ops`, `flux-blocks`,
+`flux-forward` (720 x 720 and 1024 x 1024 pixels, batches 1 to 24, and what FP8 adds to the velocity
+at each sigma), `optimizer` (a step of AdamW8bit), `flux-update` (a whole update of one prompt),
+`reference` (the published loop, beside that update). In three runs of at most ten minutes each:
 
-    python3 benchmarks/gpu_check.py --only build tests
-    python3 benchmarks/gpu_check.py --only flux-forward optimizer
-    python3 benchmarks/gpu_check.py --only flux-update ops flux-blocks
+    python3 benchmarks/gpu_check.py --only build tests ceilings
+    python3 benchmarks/gpu_check.py --only ops flux-blocks flux-forward
+    python3 benchmarks/gpu_check.py --only optimizer flux-update reference
 
 What was done is in benchmarks/results/ at every moment, so a run that is cut short keeps what it
-had and --resume goes on with it. Needs torch; a part that needs a package more (pytest, diffusers,
-jsonargparse) is skipped without it, and that is said. Nothing need be installed.
+had and --resume goes on with it: `--only flux-forward --resume` measures the batches that a first
+run had no time for. The flow ops are in <gpu>.json, which also says what became of each part; other
+kinds of results, whose rows are others, are beside it in <kind>-<gpu>.json. Needs torch; a part
+that needs a package more (pytest, diffusers, jsonargparse) is skipped without it, and what is
+missing is listed at the end. Nothing need be installed.
 """
 
 from __future__ import annotations
@@ -32,7 +37,7 @@ from pathlib import Path
 
 import _paths  # noqa: F401
 import torch
-from flux_results import ADAMW, BLOCKS, FORWARD, UPDATE
+from flux_results import ADAMW, BLOCKS, CEILINGS, FORWARD, REFERENCE, UPDATE
 from goals import verdicts
 from report import text_table
 from results import ResultsError, Store, commit, default_path, load
@@ -51,17 +56,20 @@ TESTS = {  # file -> packages it needs. All that run on the backends of a GPU
     "flux_text": ("diffusers", "transformers", "tokenizers", "safetensors"),
 }  # fmt: skip
 CRASHES = 3  # how often the benchmarks are taken up again after their process has died
-OPTIMIZER = "optimizer"
+OPTIMIZER, PUBLISHED = "optimizer", "reference"
 # Seconds, in order; those of each run that the docstring names fit ten minutes.
-LIMITS = {"build": 180, "tests": 400, FORWARD: 400, UPDATE: 300, OPTIMIZER: 180, "ops": 140,
-          BLOCKS: 140}  # fmt: skip
+LIMITS = {"build": 150, "tests": 345, CEILINGS: 85, "ops": 110, BLOCKS: 100, FORWARD: 370,
+          OPTIMIZER: 130, UPDATE: 260, PUBLISHED: 190}  # fmt: skip
+OPTIONAL = ("bitsandbytes", "torchao", "flash_attn")  # beside which ours stands, where they are
 # What a benchmark needs beside torch, the kind of its file, and the share of its time after which
 # it begins no case.
 BENCHMARKS = {
-    FORWARD: ("bench_flux_forward", ("diffusers",), FORWARD, 0.5),
-    UPDATE: ("bench_flux_update", ("diffusers", "jsonargparse", "safetensors"), UPDATE, 0.95),
-    OPTIMIZER: ("bench_adamw8bit", (), ADAMW, 0.8),
+    CEILINGS: ("bench_ceilings", (), CEILINGS, 0.8),
     BLOCKS: ("bench_blocks", ("diffusers",), BLOCKS, 0.8),
+    FORWARD: ("bench_flux_forward", ("diffusers",), FORWARD, 0.5),
+    OPTIMIZER: ("bench_adamw8bit", (), ADAMW, 0.8),
+    UPDATE: ("bench_flux_update", ("diffusers", "jsonargparse", "safetensors"), UPDATE, 0.95),
+    PUBLISHED: ("bench_reference", ("diffusers", "jsonargparse", "safetensors"), REFERENCE, 0.6),
 }
 
 
@@ -173,6 +181,9 @@ def do(part: str, path: Path, options: argparse.Namespace, rest: list[str]) -> d
         return {"did": "nothing", "why": why}
     output = flux_path(path, kind)
     command = [f"benchmarks/{program}.py", *given, "--size", "flux", "--output", str(output)]
+    update = flux_path(path, UPDATE)
+    if part == PUBLISHED and update.is_file():
+        command += ["--ours", str(update)]
     return bench(command, limit, "--seconds", share, options.resume)
 
 
@@ -243,6 +254,14 @@ def closing(content: dict) -> list[str]:
     return lines
 
 
+def lacking() -> str:
+    """A line that lists the packages that some part would have used."""
+    needed = [name for _, names, _, _ in BENCHMARKS.values() for name in names]
+    tested = [name for names in TESTS.values() for name in names]
+    found = missing(dict.fromkeys([*needed, *tested, "pytest", *OPTIONAL]))
+    return f"not installed: {', '.join(found)}" if found else "every package is installed"
+
+
 def main(arguments: list[str] | None = None) -> int:
     options, rest = parse(arguments)
     if not torch.cuda.is_available():
@@ -266,7 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(verdicts(content)))
     print()
     print("\n".join(closing(content)))
-    print(f"\nwritten to {path.parent}; python benchmarks/report.py puts it into the README")
+    print(f"\n{lacking()}")
+    print(f"written to {path.parent}; python benchmarks/report.py puts it into the README")
     return 0 if all(part.get("code", 0) == 0 for part in done.values()) else 1
 
 

@@ -20,6 +20,7 @@ import torch._inductor.config
 from timing import (
     Block,
     Variant,
+    cache_bytes,
     count_launches,
     device_block,
     event_block,
@@ -59,19 +60,6 @@ def backends_of(device: str) -> list[str]:
 
 def ours(backend: str) -> str:
     return f"ours ({backend})"
-
-
-@functools.cache
-def cache_bytes(device: str) -> int:
-    """Of the last level; 32 MiB where the system does not say."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).L2_cache_size
-    try:
-        with open("/sys/devices/system/cpu/cpu0/cache/index3/size") as file:
-            text = file.read().strip()
-        return int(text.removesuffix("K")) * 1024
-    except (FileNotFoundError, ValueError):
-        return 32 * 2**20
 
 
 @functools.cache

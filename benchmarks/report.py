@@ -136,7 +136,8 @@ def markdown(content: dict) -> str:
     first, others = headline(content)
     lines = [f"**{name}.** {machine_text(content).removeprefix(name).lstrip(', ')}", ""]
     lines += markdown_table(table_of(content, first), HEADS)
-    lines += ["", caption(content), "", f"![Times faster than eager](docs/{plot_name(content)})"]
+    lines += ["", caption(content), "", f"![Times faster than eager](docs/{plot_name(content)})",
+              "", f"![Share of what the device does at most](docs/{roofline_name(content)})"]
     if others:
         lines += ["", f"<details><summary>{len(others)} more cases</summary>", ""]
         lines += [*markdown_table(table_of(content, others), HEADS), "", "</details>"]
@@ -159,9 +160,22 @@ def calls_text(content: dict) -> str:
     return f"One call on tensors of a single element, µs: {listed}."
 
 
-def plot_name(content: dict) -> str:
-    prefix = "bench-" if content["device"] == "cuda" else "bench-cpu-"
-    return f"{prefix}{slug(content['machine']['name'])}.png"
+def plot_name(content: dict, picture: str = "bench") -> str:
+    of = "" if content["device"] == "cuda" else "cpu-"
+    return f"{picture}-{of}{slug(content['machine']['name'])}.png"
+
+
+def roofline_name(content: dict) -> str:
+    return plot_name(content, "roofline")
+
+
+def beside(content: dict, found: dict[str, list[dict]]) -> dict[str, dict]:
+    """By kind, the other results of the same device."""
+    return {
+        kind: other for kind, contents in found.items() for other in contents
+        if kind != KIND and other["device"] == content["device"]
+        and other["machine"]["name"] == content["machine"]["name"]
+    }  # fmt: skip
 
 
 def block(contents: list[dict]) -> str:
@@ -222,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         found = load_folder(options.results)
-        contents = found[KIND]  # these have a plot each
+        contents = found[KIND]  # these have two pictures each
         before = options.readme.read_text()
         after = readme_of(before, found)
     except ValueError as error:
@@ -230,7 +244,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"benchmarks/report.py: error: {where}{error}", file=sys.stderr)
         return 2
     if options.check:
-        lost = [plot_name(c) for c in contents if not (options.docs / plot_name(c)).is_file()]
+        pictures = [name(c) for c in contents for name in (plot_name, roofline_name)]
+        lost = [name for name in pictures if not (options.docs / name).is_file()]
         if after != before or lost:
             print(f"{options.readme} is not what {options.results} gives; "
                   "run python benchmarks/report.py", file=sys.stderr)  # fmt: skip
@@ -239,9 +254,10 @@ def main(arguments: list[str] | None = None) -> int:
     from plots import plot
 
     for content in contents:
-        plot(content, options.docs / plot_name(content))
+        plot(content, beside(content, found), options.docs / plot_name(content),
+             options.docs / roofline_name(content))  # fmt: skip
     options.readme.write_text(after)
-    print(f"wrote {options.readme} and {len(contents)} plots into {options.docs}")
+    print(f"wrote {options.readme} and {2 * len(contents)} pictures into {options.docs}")
     return 0
 
 

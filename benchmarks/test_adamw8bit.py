@@ -34,20 +34,21 @@ BYTES = 2 * (2 + 1 + 1 + 1) + 2 + 2 * 2 * 4 / 256
 ROUNDS, BUDGET = 7, 20.0  # seconds
 
 
-def shapes(device: str) -> list[tuple[int, ...]]:
+def shapes(device: str, toy: bool) -> list[tuple[int, ...]]:
     """Of the parameters of a double and a single block."""
     width = 3072 if device == "cuda" else 3072 // 16
+    width = 3072 // 64 if toy else width
     double = [(6 * width, width), *[(width, width)] * 4, (4 * width, width), (width, 4 * width)]
     single = [(3 * width, width), *[(width, width)] * 3, (4 * width, width), (width, 5 * width)]
     weights = [*double, *double, *single]
     return [*weights, *[shape[:1] for shape in weights], *[(128,)] * 6]
 
 
-def make_step(name: str, device: str) -> Callable[[], object]:
+def make_step(name: str, device: str, toy: bool) -> Callable[[], object]:
     """One step of one contender, on parameters of its own."""
     dtype = torch.float32 if name == TORCH else torch.bfloat16
     given = []
-    for shape in shapes(device):
+    for shape in shapes(device, toy):
         p = nn.Parameter((torch.randn(shape, device=device) * 0.02).to(dtype))
         p.grad = (torch.randn(shape, device=device) * 1e-6).to(dtype)
         given.append(p)
@@ -72,12 +73,14 @@ def installed(name: str) -> bool:
 
 @pytest.mark.benchmark(group="adamw8bit")
 @pytest.mark.parametrize("name", CONTENDERS)
-def test_adamw8bit_step(name: str, benchmark, device: str) -> None:
+def test_adamw8bit_step(
+    name: str, benchmark, device: str, toy: bool, ceiling: float
+) -> None:
     if not installed(name):
         pytest.skip("bitsandbytes is not installed: pip install bitsandbytes")
     synchronize = synchronizer(device)
     names = [n for n in CONTENDERS if installed(n)] if name == OURS else [name]
-    steps = {n: make_step(n, device) for n in names}
+    steps = {n: make_step(n, device, toy) for n in names}
 
     def timed(step: Callable[[], object]) -> float:
         synchronize()
@@ -88,7 +91,7 @@ def test_adamw8bit_step(name: str, benchmark, device: str) -> None:
 
     for step in steps.values():  # which makes the states
         step()
-    elements = sum(torch.Size(shape).numel() for shape in shapes(device))
+    elements = sum(torch.Size(shape).numel() for shape in shapes(device, toy))
     benchmark.extra_info["elements"] = elements
     if name == OURS:
         blocks = {n: lambda step=step: timed(step) for n, step in steps.items()}
@@ -97,6 +100,7 @@ def test_adamw8bit_step(name: str, benchmark, device: str) -> None:
         benchmark.extra_info.update(
             seconds={n: statistics.median(values) for n, values in seconds.items()},
             over_ours={n: ratio(values, seconds[OURS]) for n, values in seconds.items()},
-            gb_per_second=BYTES * elements / ours / 1e9,
-        )
+            bytes=BYTES * elements, gb_per_second=BYTES * elements / ours / 1e9,
+            ceiling_gb_per_second=ceiling / 1e9, of_ceiling=BYTES * elements / ours / ceiling,
+        )  # fmt: skip
     benchmark.pedantic(timed, args=(steps[name],), rounds=ROUNDS, warmup_rounds=1)

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 from measure import Settings, prepared
-from timing import synchronizer
+from tracking import block_clock, track
 from workloads import Case
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark, or benchmarks/run.py")
 
 
-@pytest.mark.benchmark(group="flow ops")
-def test_flow_op(case: Case, benchmark, device: str, settings: Settings) -> None:
+@pytest.mark.benchmark(group="flow ops", timer=block_clock)
+def test_flow_op(
+    case: Case, benchmark, device: str, settings: Settings, ceiling: float
+) -> None:
     with prepared(case, device, settings) as ready:
-        row = ready.measure()
-        benchmark.extra_info.update(row)
-        assert row["ours"], f"ours was not timed: {row['errors']}"
-        ours = next(v for v in ready.variants if v.name == row["ours"])
-        synchronize, count = synchronizer(device), len(ready.sets)
-        at = itertools.cycle(range(count))
-
-        def call() -> None:
-            ours.run(next(at))
-            synchronize()
-
-        with ours.context():
-            benchmark.pedantic(call, rounds=settings.rounds, iterations=count, warmup_rounds=1)
+        track(benchmark, ready, ceiling)

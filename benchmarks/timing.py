@@ -11,6 +11,7 @@ rotate so that together they exceed the last-level cache: no call finds its inpu
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import statistics
@@ -77,6 +78,19 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def sets_past_cache(bytes_of_a_set: int, cache_bytes: int) -> int:
     """How many input sets it takes to exceed twice the cache, at most `MAX_SETS`."""
     return max(1, min(MAX_SETS, math.ceil(2 * cache_bytes / max(1, bytes_of_a_set))))
+
+
+@functools.cache
+def cache_bytes(device: str) -> int:
+    """Of the last level; 32 MiB where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    try:
+        with open("/sys/devices/system/cpu/cpu0/cache/index3/size") as file:
+            text = file.read().strip()
+        return int(text.removesuffix("K")) * 1024
+    except (FileNotFoundError, ValueError):
+        return 32 * 2**20
 
 
 def calls_for(run: Block, at_least: float, limit: int = 10_000) -> int:

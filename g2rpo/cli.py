@@ -35,6 +35,7 @@ commands:
   evaluate RUN_DIR|IMAGES_DIR ...                  every reward, before and after training
   compare METHOD ... --seeds N --budget N          methods at an equal budget, over several seeds
   doctor                                           what this machine has, and what is missing
+  doctor --bench                                   what it does at most, and the main ops, in 20 s
   doctor --fp8 [PRESET|FILE.yaml ...]              what FP8 completions would change
 
 `g2rpo train digits` needs nothing but itself and a few minutes.

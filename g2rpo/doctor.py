@@ -3,7 +3,8 @@
 It is needed most where something is missing, so it imports nothing at the top but the standard
 library, and everything else where it is probed. A probe returns what it found or the reason it
 found nothing; a package that is installed but cannot be imported is shown with its error.
-The packages are in doctor_packages.py.
+The packages are in doctor_packages.py, what a configuration can choose in doctor_features.py, the
+short benchmark in doctor_bench.py.
 """
 
 from __future__ import annotations
@@ -21,13 +22,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from . import __version__
+from .doctor_features import sections
 from .doctor_packages import PACKAGES, TRAIN, Found, Package, first_line, probe
 
 USAGE = """\
-usage: g2rpo doctor [--fp8 [PRESET|FILE.yaml --group.key value ...]]
+usage: g2rpo doctor [--bench | --fp8 [PRESET|FILE.yaml --group.key value ...]]
 
-Says what this machine has, which backends the ops run on and why, and what is missing for which
-feature, with the command that gets it. Exit code 0 when the ops can run."""
+Says what this machine has, which backends the ops run on and why, which attention, optimizers,
+scorers and trackers a run would find, and what is missing for which feature, with the command that
+gets it. Exit code 0 when the ops can run.
+
+--bench measures in some twenty seconds what the machine does at most and the main ops beside the
+same in eager PyTorch."""
 
 REBUILD = "G2RPO_BUILD=auto pip install --editable . --no-deps --no-build-isolation"
 # No feature needs it, but transformers imports it where it is installed.
@@ -213,12 +219,25 @@ def show(title: str, rows: Sequence[tuple[str, str]]) -> None:
         print(f"  {name:{width}}{body.strip()}")
 
 
+def bench() -> int:
+    """The short benchmark, on the GPU if there is one."""
+    import torch
+
+    from . import doctor_bench
+
+    lines, _ = gpus()
+    device = "cuda" if lines else "cpu"
+    head = lines[0] if lines else f"{cpu_model()}, torch uses {torch.get_num_threads()} threads"
+    print(f"{head}; torch {torch.__version__}, g2rpo {__version__}")
+    return doctor_bench.run(device)
+
+
 def main(arguments: Sequence[str] = ()) -> int:
     if set(arguments) & {"-h", "--help"}:
         print(USAGE)
         return 0
-    if arguments:
-        print(f"g2rpo doctor: error: it takes no arguments; got {' '.join(arguments)}",
+    if arguments and list(arguments) != ["--bench"]:
+        print(f"g2rpo doctor: error: expected --bench, --fp8 or nothing; got {' '.join(arguments)}",
               file=sys.stderr)  # fmt: skip
         return 2
     system = f"{platform.python_implementation()}, {platform.system()} {platform.machine()}"
@@ -232,6 +251,8 @@ def main(arguments: Sequence[str] = ()) -> int:
         show("versions", versions)
         print(f"\ng2rpo doctor: error: the ops cannot be imported: {first_line(error)}")
         return 1
+    if arguments:
+        return bench()
     cuda, hip = torch.version.cuda, torch.version.hip
     built = f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "CPU only"
     show("versions", [*versions, ("torch", f"{torch.__version__}, {built}")])
@@ -266,6 +287,8 @@ def main(arguments: Sequence[str] = ()) -> int:
             state = f"{what.version}, BROKEN: {what.error}"
         rows.append((package.distribution or package.module, f"{state}  ({package.needed_for})"))
     show("packages, and what needs them", rows)
+    for title, rows in sections(found, lines):
+        show(title, rows)
     vision = probe(TORCHVISION)
     if vision.error:
         print(f"\nWarning: torchvision {vision.version} is installed and cannot be imported "

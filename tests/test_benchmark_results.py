@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
+import flux_forward  # noqa: E402
 import flux_report  # noqa: E402
 import goals  # noqa: E402
 import measure  # noqa: E402
+import plots  # noqa: E402
 import report  # noqa: E402
 import results  # noqa: E402
 import run  # noqa: E402
@@ -83,7 +86,11 @@ def test_a_run_writes_what_report_reads(file: Path, tmp_path: Path, capsys) -> N
     assert "Not yet measured on a GPU" in once and "| `policy_loss` | fwd + bwd |" in once
     assert "4 × 12 × 16 × 4" in once and "old" not in once
     assert "left alone: other.json (of another kind)" in capsys.readouterr().out
-    assert (tmp_path / report.plot_name(content)).stat().st_size > 10_000
+    for name in (report.plot_name(content), report.roofline_name(content)):
+        assert (tmp_path / name).stat().st_size > 10_000 and f"docs/{name})" in once
+        (tmp_path / name).rename(tmp_path / "away")
+        assert report.main([*arguments, "--check"]) == 1  # the README would show nothing there
+        (tmp_path / "away").rename(tmp_path / name)
 
 
 def test_a_gpu_file_takes_the_place_of_not_yet_measured(file: Path) -> None:
@@ -98,6 +105,75 @@ def test_a_gpu_file_takes_the_place_of_not_yet_measured(file: Path) -> None:
     text = report.block([gpu, content])
     assert "Not yet measured" not in text and text.index("A Card") < text.index("threads")
     assert "3 → 3" in text and "bench-a-card.png" in text and "CUDA graph" in text
+
+
+def on_a_card(content: dict) -> dict:
+    """Flow ops as a GPU would have them."""
+    gpu = json.loads(json.dumps(content))
+    gpu |= {"device": "cuda", "machine": {"name": "A Card", "driver": "1.2"}}
+    gpu["versions"] |= {"cuda": "13.0", "triton": "3.6.0"}
+    return gpu
+
+
+FORWARD = {
+    "device": "cuda", "machine": {"name": "A Card"},
+    "cases": [{
+        "batch": 4, "tokens": 4608, "variants": {
+            name: {"speedup": {"median": times}, "of_peak": share}
+            for name, times, share in (
+                (flux_forward.EAGER, 1.0, 0.4), (flux_forward.COMPILED, 1.25, 0.5),
+                (flux_forward.FUSED, 1.5, 0.6), (flux_forward.ROLLOUT, 1.75, 0.7),
+                (flux_forward.FP8, 2.5, None),
+            )
+        },
+    }],
+}  # fmt: skip
+BLOCKS = {
+    "device": "cuda", "machine": {"name": "A Card"},
+    "cases": [
+        {"task": "gelu_tanh", "backward": True, "shape": "12 × 9", "ours": "ours (triton)",
+         "variants": {"eager": {"over_ours": {"median": 3.0}, "copy_fraction": 0.3},
+                      "torch.compile": {"over_ours": {"median": 1.5}, "copy_fraction": 0.6},
+                      "ours (triton)": {"over_ours": {"median": 1.0}, "copy_fraction": 0.9}}},
+        {"task": "quantize_fp8", "backward": False, "shape": "12 × 9", "ours": None,
+         "variants": {}},
+    ],
+}  # fmt: skip
+
+
+def test_pictures_show_what_the_files_hold(file: Path, tmp_path: Path) -> None:
+    gpu = on_a_card(results.load(file))
+    for row in gpu["cases"]:
+        row["variants"]["compiled eager"] = {"over_ours": {"median": 2.0}}
+        row["variants"]["compiled reference"] = {"over_ours": {"median": 4.0}}
+    found = {"flow-ops": [gpu], "flux-blocks": [BLOCKS],
+             "flux-forward": [FORWARD | {"machine": {"name": "Another"}}, FORWARD]}  # fmt: skip
+    others = report.beside(gpu, found)
+    assert others == {"flux-blocks": BLOCKS, "flux-forward": FORWARD}
+    flow, _, block, forward = plots.rows_of(gpu, others)
+    entries = gpu["cases"][0]["variants"]
+    eager = entries["eager"]["over_ours"]["median"]
+    # The best torch.compile: twice as long as ours.
+    assert flow.speeds == {plots.OURS: eager, plots.COMPILE: pytest.approx(eager / 2)}
+    ours = entries[gpu["cases"][0]["ours"]]
+    assert flow.shares == {plots.COPY: 100 * ours["copy_fraction"]} and not flow.block
+    assert block.speeds == {plots.OURS: 3.0, plots.COMPILE: 2.0} and block.block
+    assert block.shares == {plots.COPY: 90.0} and block.name == "gelu_tanh fwd+bwd\n12 × 9"
+    assert forward.speeds == {plots.COMPILE: 1.25, plots.OURS: 1.75, plots.OURS_FP8: 2.5}
+    assert forward.shares == {"bfloat16": 70.0} and "4 × 4608 tokens" in forward.name
+    said = plots.title(gpu)
+    for text in ("A Card, driver 1.2", torch.__version__, "CUDA 13.0", gpu["date"]):
+        assert text in said
+    assert gpu["commit"] is None or f"commit {gpu['commit']}" in said
+    pictures = tmp_path / "speed.png", tmp_path / "roofline.png"
+    plots.plot(gpu, others, *pictures)
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert image.width == 2000 and 400 < image.height < 2500
+    for row in gpu["cases"]:
+        row["ours"] = None
+    with pytest.raises(ValueError, match="speed.png: expected a case with both eager and ours"):
+        plots.plot(gpu, {}, *pictures)
 
 
 @pytest.mark.parametrize("mark", [begin for begin, _ in MARKERS])

@@ -179,7 +179,11 @@ def test_the_whole_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     fast(monkeypatch, peft=Found(), rich=Found("9", "E: why"), torchvision=Found("0.1", "E: ops"))
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    for title in ("versions", "processor", "GPUs", "backends of the ops", "what works now"):
+    for title in (
+        "versions", "processor", "GPUs", "backends of the ops", "attention, for model.attention",
+        "optimizers, for optimizer.name", "published scorers, for rewards",
+        "trackers, for train.tracker", "several processes", "what works now",
+    ):  # fmt: skip
         assert f"\n{title}\n" in out
     for name, status in gk.backends().items():
         assert re.search(rf"^  {name} +{'available' if status.available else 'absent'}", out, re.M)

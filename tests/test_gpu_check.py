@@ -20,8 +20,9 @@ import report  # noqa: E402
 import results  # noqa: E402
 
 BENCHMARKS = {  # by the name of the program: the kind of its file
-    "bench_flux_forward": "flux-forward", "bench_flux_update": "flux-update",
-    "bench_adamw8bit": "adamw8bit", "bench_blocks": "flux-blocks",
+    "bench_ceilings": "ceilings", "bench_blocks": "flux-blocks",
+    "bench_flux_forward": "flux-forward", "bench_adamw8bit": "adamw8bit",
+    "bench_flux_update": "flux-update", "bench_reference": "reference-loop",
 }  # fmt: skip
 ENTRY = {"seconds": 2e-3, "wall_seconds": 2e-3, "gb_per_second": 1.0, "copy_fraction": 0.5,
          "launches": 1, "timer": "graph", "over_ours": {"median": 1.0}}  # fmt: skip
@@ -92,18 +93,19 @@ def test_gpu_check_goes_on_without_the_case_that_killed_it(card: Card, capsys) -
     codes = [-6, 0]
     card.run = {"run": ops, "bench_flux_forward": lambda: codes.pop(0)}
     assert card.check("--rounds", "3") == 0 and codes == []
-    assert card.names == ["pytest", *["bench_flux_forward"] * 2, "bench_flux_update",
-                          "bench_adamw8bit", "run", "run", "bench_blocks"]  # fmt: skip
-    for _, command, _ in card.commands[5:7]:
+    assert card.names == ["pytest", "bench_ceilings", "run", "run", "bench_blocks",
+                          *["bench_flux_forward"] * 2, "bench_adamw8bit", "bench_flux_update",
+                          "bench_reference"]  # fmt: skip
+    for _, command, _ in card.commands[2:4]:
         assert command[-5:-1] == ["--rounds", "3", "--resume", "--limit"]
-    others = [*card.commands[1:5], card.commands[-1]]
+    others = [card.commands[1], *card.commands[4:]]
     for name, command, limit in others:
         assert command[-2] == "--seconds" and 0 < float(command[-1]) < limit and "3" not in command
         output = card.path.parent / f"{BENCHMARKS[name]}-a-card.json"
         assert command[command.index("--output") + 1] == str(output)
         assert command[command.index("--size") + 1] == "flux"
     resumed = ["--resume" in command for _, command, _ in others]
-    assert resumed == [False, True, *[False] * 3]  # measured anew, what has died goes on
+    assert resumed == [*[False] * 3, True, *[False] * 3]  # measured anew, what died goes on
     content = results.load(card.path)
     assert list(content["parts"]) == list(gpu_check.LIMITS)
     assert len(content["cases"]) == 2 and "A Card" in report.markdown(content)
@@ -148,9 +150,12 @@ def test_gpu_check_skips_what_a_missing_package_forbids(
     lost = {"diffusers"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: (
         None if name in lost else find(name)))  # fmt: skip
-    assert card.check() == 0 and card.names == ["pytest", "bench_adamw8bit", "run"]
+    assert card.check() == 0
+    assert card.names == ["pytest", "bench_ceilings", "run", "bench_adamw8bit"]
     said = capsys.readouterr().out
-    assert said.count("nothing; diffusers not installed: pip install diffusers") == 3
+    assert said.count("nothing; diffusers not installed: pip install diffusers") == 4
+    (listed,) = (line for line in said.splitlines() if line.startswith("not installed: "))
+    assert listed.startswith("not installed: diffusers")
     assert "tests/test_flux_rollout.py left out: diffusers not installed" in said
     assert not any("flux_rollout" in word for word in card.commands[0][1])
     lost.add("jsonargparse")
@@ -159,6 +164,16 @@ def test_gpu_check_skips_what_a_missing_package_forbids(
     lost.add("pytest")
     assert card.check("--only", "tests") == 0 and card.names == []
     assert "tests          nothing; pytest is not installed" in capsys.readouterr().out
+
+
+def test_the_published_loop_stands_beside_the_update_that_was_measured(card: Card) -> None:
+    update = card.path.parent / "flux-update-a-card.json"
+    card.run = {"bench_flux_update": lambda: update.write_text("{}") and 0}
+    assert card.check("--only", "reference") == 0 and "--ours" not in card.commands[0][1]
+    assert card.check("--only", "reference", "flux-update") == 0
+    assert card.names == ["bench_flux_update", "bench_reference"]
+    command = card.commands[1][1]
+    assert command[command.index("--ours") + 1] == str(update)
 
 
 def test_gpu_check_begins_without_more_than_torch() -> None:
@@ -172,7 +187,7 @@ def test_gpu_check_begins_without_more_than_torch() -> None:
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--only", "tests", "block"], "'block'; expected some of build, tests, flux-forward, flux-"),
+    (["--only", "tests", "block"], "'block'; expected some of build, tests, ceilings, ops, flux-"),
     (["--only", "tests", "--rounds", "3"], "--rounds 3: for benchmarks/run.py"),
     (["--limit", "0"], "--limit: 0; expected seconds > 0"),
 ])  # fmt: skip
