@@ -55,6 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"g2rpo: error: unknown command {name!r}; expected one of {', '.join(COMMANDS)}",
               file=sys.stderr)  # fmt: skip
         return 2
+    ranks = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else "1"
+    if name != "train" and ranks != "1":
+        if os.environ["RANK"] == "0":
+            print(f"g2rpo {name}: error: started as {ranks} processes (WORLD_SIZE); expected one: "
+                  "only g2rpo train shares its work among several", file=sys.stderr)  # fmt: skip
+        return 2
     try:
         return COMMANDS[name](rest)
     except ModuleNotFoundError as error:

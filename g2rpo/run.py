@@ -18,12 +18,9 @@ from __future__ import annotations
 import re
 import shutil
 import signal
-import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -42,6 +39,7 @@ from .optimizers import rounds_to_nearest
 from .policy import Model
 from .report import write_report
 from .rewards.build import make_rewards
+from .stopping import StopRequest
 from .trackers import make_tracker
 from .tracking import Display, Quiet
 from .trainer import Interrupted, Trainer
@@ -50,43 +48,6 @@ CONTENTS = (
     "config.yaml", "metrics.jsonl", "curves.png", "report.html", "samples", "scores",
     "checkpoints", "tensorboard", "wandb", "tracker.json",
 )  # fmt: skip
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM ask the run to stop at the next safe point; a second Ctrl-C insists. A
-    second SIGTERM does not: a cluster's manager and torchrun may each send one."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-    @property
-    def exit_code(self) -> int:
-        return 128 + self.signal if self.signal is not None else 0
-
-    @contextmanager
-    def listening(self, display: Display | Quiet) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python hands signals to the main thread only
-            return
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            if self:
-                if number == signal.SIGINT:
-                    raise KeyboardInterrupt
-                return
-            self.signal = number
-            if isinstance(display, Display):  # all ranks may have been sent it
-                display.message("Stopping with a checkpoint; once more to stop at once.")
-
-        before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def holds_run(run_dir: Path) -> bool:

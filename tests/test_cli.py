@@ -256,3 +256,13 @@ def test_help_is_quick():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
     )
     assert done.stdout.strip().endswith("False")
+
+
+def test_only_training_is_shared_among_processes(capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, said in (("0", True), ("2", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["doctor"]) == 2
+        error = capsys.readouterr().err
+        assert ("started as 4 processes (WORLD_SIZE); expected one" in error) == said
+        assert bool(error) == said
