@@ -282,7 +282,7 @@ class Trainer:
             of = _of(result.broken_parameters)
             if result.moved:  # some positions of per_position have stepped
                 text = _not_finite(named, f"a gradient{of}")
-                self.on_message(f"Update {number}: {text}, left out")
+                self._tell(f"Update {number}: {text}, left out")
             else:
                 self._skip(number, named, "the loss" if broken else f"the gradient{of}")
         return {
@@ -300,7 +300,12 @@ class Trainer:
     def _skip(self, number: int, prompts: Sequence[str], what: str) -> None:
         self.skipped_updates += 1
         self.skipped_in_a_row += 1
-        self.on_message(f"Update {number} is skipped: {_not_finite(prompts, what)}")
+        self._tell(f"Update {number} is skipped: {_not_finite(prompts, what)}")
+
+    def _tell(self, text: str) -> None:
+        """What all ranks know."""
+        if self.ranks.lead:
+            self.on_message(text)
 
     def _evaluate(self, start: Tensor | None) -> tuple[dict[str, Any], Tensor | None, Tensor]:
         self.phases.seconds = {}

@@ -276,6 +276,29 @@ def test_a_launch_knows_its_runs(tmp_path, monkeypatch):
     assert not nobody.noted(tmp_path / "run") and not meeting.of_torchrun()
 
 
+def test_who_goes_silent_is_told_to_all_by_its_neighbour(monkeypatch):
+    """Of five ranks the third stops: the second listens to it, the fifth hears of it."""
+    monkeypatch.setattr(watch, "PERIOD", 0.02)
+    monkeypatch.setattr(watch, "SILENCE", 0.3)
+    store, all_ranks = HashStore(), range(5)
+    ranks = [Watch(store, rank, 5, f"node{rank}", 5.0) for rank in all_ranks]
+    heard = [rank._neighbours for rank in ranks]
+    assert set.union(*heard) == set(all_ranks) and max(map(len, heard)) <= 2
+    for rank in ranks:
+        rank.post("anchor")
+    time.sleep(0.2)
+    ranks[2]._ending.set()
+    ranks[2]._thread.join()
+    store.set("beat/2", "7")  # no farewell
+    end = time.monotonic() + 5
+    while not ranks[4]._seen_failure and time.monotonic() < end:
+        time.sleep(0.02)
+    why = ranks[4].why_in_vain(RuntimeError())
+    assert re.fullmatch(r"rank 2 on node2, since \d s in 'anchor', has gone silent", why)
+    for rank in ranks:
+        rank.close()
+
+
 def test_a_board_that_never_answers(monkeypatch):
     """A machine that froze keeps its connections: questions end all the same, and say so."""
     store, frozen = HashStore(), threading.Event()

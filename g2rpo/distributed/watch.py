@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 from torch.distributed import Store
@@ -43,6 +43,9 @@ class Watch:
         self._store, self._threads_store = store, store.clone()
         self._lock = threading.Lock()  # of _store
         self._beats: dict[int, tuple[bytes, float]] = {}  # last beat, and when it was new
+        # Whom the thread listens to: with all of hundreds of ranks the board could not keep up.
+        # Every rank is another's neighbour, and what one of them hears all are told.
+        self._neighbours = {0, (rank + 1) % count} - {rank}
         self._ending, self._stop = threading.Event(), threading.Event()
         self.phase = "start"
         self.post("start")
@@ -99,7 +102,7 @@ class Watch:
         others = [rank for rank in range(self.count) if rank != self.rank]
         with self._lock:
             while others and time.monotonic() < end:
-                gone = self._silent(self._store, 3 * PERIOD)
+                gone = self._silent(self._store, others, 3 * PERIOD)
                 others = [
                     r for r in others if r not in gone and not self._store.check([f"knows/{r}"])
                 ]
@@ -121,11 +124,13 @@ class Watch:
         return f"the ranks have lost one another: {str(error).strip().splitlines()[0]}"
 
     def _who_is_missing(self) -> str:
+        everyone = range(self.count)
         for _ in range(int(4 / PERIOD)):  # a failure may be on its way, a heartbeat at its end
             if found := self._told(self._seen_failure or self._failure(self._store)):
                 return found
+            self._silent(self._store, everyone, SILENCE)  # from here on all are listened to
             time.sleep(PERIOD)
-        gone = self._silent(self._store, 3 * PERIOD)
+        gone = self._silent(self._store, everyone, 3 * PERIOD)
         places = {rank: self._place(self._store, rank) for rank in range(self.count)}
         late = [r for r, at in places.items() if r != self.rank and not at.get("waiting")]
         for kind, ranks in (("has ended or cannot be reached", gone),
@@ -184,10 +189,10 @@ class Watch:
         seconds = max(time.time() - place["since"], 0.0)
         return f"rank {rank} on {place['host']}, since {seconds:.0f} s in {place['phase']!r}{when},"
 
-    def _silent(self, store: Store, seconds: float) -> list[int]:
-        """Other ranks whose heart has not been seen to beat for so long."""
+    def _silent(self, store: Store, ranks: Iterable[int], seconds: float) -> list[int]:
+        """Those of the other ranks whose heart has not been seen to beat for so long."""
         now, found = time.monotonic(), []
-        for rank in range(self.count):
+        for rank in ranks:
             key = f"beat/{rank}"
             if rank == self.rank or not store.check([key]):
                 continue
@@ -239,4 +244,8 @@ class Watch:
             store.set(f"knows/{self.rank}", "1")
         if self.rank:
             self._seen_lead = self._place(store, 0)
-        return bool(self._seen_failure) or bool(self._silent(store, SILENCE))
+        if gone := self._silent(store, self._neighbours, SILENCE):
+            why = f"{self._described(gone[0], self._place(store, gone[0]))} has gone silent"
+            mine = {"rank": self.rank, "host": self.host, "phase": self.phase, "text": why}
+            store.compare_set("failed", "", json.dumps({**mine, "lost": True}))
+        return bool(self._seen_failure) or bool(gone)
