@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from .distributed import ALONE, Ranks
-from .distributed.ranks import LostRank
+from .distributed.ranks import LostRank, of_a_connection
 from .distributed.shards import whole_values
 from .errors import ConfigurationError, TrainingError
 from .metrics import size
@@ -80,6 +80,8 @@ def save_checkpoint(
     except LostRank:
         raise
     except Exception as error:  # each writer has its own for a full disk; all are told
+        if ranks.count > 1 and of_a_connection(error):
+            raise ranks.lost(error) from error
         free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
         if ranks.lead:
             shutil.rmtree(partial, ignore_errors=True)  # it may be what fills the disk

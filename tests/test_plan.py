@@ -4,10 +4,10 @@ import json
 import re
 
 import pytest
+from plan_configs import config_of
 
 from g2rpo import arguments as args
 from g2rpo import cli
-from g2rpo.config import Config
 from g2rpo.plan import as_json, make_plan, speed
 from g2rpo.plan.cards import CARDS, GIB, find_card
 from g2rpo.plan.gpus import Gpus
@@ -19,12 +19,6 @@ from g2rpo.schedule import evaluations_per_prompt
 FLUX = "black-forest-labs/FLUX.1-dev"
 H100 = CARDS["h100-80gb"]
 PRESETS = ("flux-dev-1gpu", "flux-dev-8gpu", "flux-dev-paper")
-
-
-def config_of(*arguments) -> Config:
-    config, _ = args.named_config(args.make_parser("plan"), [str(a) for a in arguments])
-    config.validate(training=False)
-    return config
 
 
 @pytest.fixture(scope="module")

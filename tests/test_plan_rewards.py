@@ -6,22 +6,15 @@ import json
 
 import pytest
 import torch
+from plan_configs import config_of
 
-from g2rpo import arguments as args
 from g2rpo import cli
-from g2rpo.config import Config
 from g2rpo.plan.cards import CARDS, GIB
 from g2rpo.plan.memory import plan_memory
 from g2rpo.plan.model import sizes_of
 from g2rpo.plan.rewards import HEADS, PARAMETERS, scorers_of
 from g2rpo.rewards.load import names
 from g2rpo.rewards.open_clip_weights import Architecture, Tower
-
-
-def config_of(*arguments) -> Config:
-    config, _ = args.named_config(args.make_parser("plan"), [str(a) for a in arguments])
-    config.validate(training=False)
-    return config
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from plan_configs import config_of
 
-from g2rpo import arguments as args
 from g2rpo import cli
-from g2rpo.config import Config
 from g2rpo.plan import as_json, make_plan
 from g2rpo.plan.cards import CARDS, GIB, Card
 from g2rpo.plan.gpus import Gpus, share_of
@@ -19,12 +18,6 @@ from g2rpo.plan.scaling import plan_scaling
 from g2rpo.plan.switches import decided
 
 H100 = CARDS["h100-80gb"]
-
-
-def config_of(*arguments) -> Config:
-    config, _ = args.named_config(args.make_parser("plan"), [str(a) for a in arguments])
-    config.validate(training=False)
-    return config
 
 
 @pytest.fixture(scope="module")

@@ -186,7 +186,7 @@ def joined(timeout: float, device: str) -> Iterator[Ranks]:
         ranks.watch.post_failure(error.why, lost=True)
         raise
     except BaseException as error:
-        if _of_a_connection(error):  # in a collective of FSDP's, or at the board
+        if of_a_connection(error):  # in a collective of FSDP's, or at the board
             lost = ranks.lost(error)
             ranks.watch.post_failure(lost.why, lost=True)
             raise lost from error
@@ -198,7 +198,7 @@ def joined(timeout: float, device: str) -> Iterator[Ranks]:
     dist.destroy_process_group()
 
 
-def _of_a_connection(error: BaseException) -> bool:
+def of_a_connection(error: BaseException) -> bool:
     """Whether a collective has raised it, not the work of this rank."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)

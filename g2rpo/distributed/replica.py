@@ -59,7 +59,7 @@ class Replica:
         return sum(parameter.nbytes for parameter in self._parameters.values())
 
     def fits(self) -> bool:
-        """Whether every rank's GPU has room for all of it now, and as much again as a tenth."""
+        """Whether every rank's GPU has room for all of it now, and a tenth more."""
         device = self.policy.device
         if self._must or device.type != "cuda":
             return True
