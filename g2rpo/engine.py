@@ -57,7 +57,7 @@ class CompletionEngine:
         self.policy, self.sigmas, self._trained = policy, sigmas, policy.transformer
         self.precision: AbstractContextManager[Any] = nullcontext()
         self._replica, fp8 = replica, config.rollout.precision == "fp8"
-        self._choose = not fp8 and config.rollout.precision is None  # may do without the replica
+        self._choose = config.rollout.precision is None  # else there is no doing without it
         self._given, self._say = policy, on_message
         if replica is not None:
             self.policy = replica.policy

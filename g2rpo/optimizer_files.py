@@ -123,8 +123,8 @@ def _files(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the warnings that a process alone, or safetensors, is used. Raises what has failed as
-    it is, or with the rank where it is another's: PyTorch's is no Exception."""
+    """Without the warnings that a process alone, or safetensors, is used. Raises OSError with what
+    has failed, and of several ranks where: PyTorch's own error is no Exception."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="torch.distributed")

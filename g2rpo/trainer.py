@@ -92,7 +92,6 @@ class Trainer:
         self.weights = make_weights(
             self.policy.transformer, config.model.lora, train.seed, bool(config.objective.kl)
         )
-        say = lambda text: self.on_message(text)  # noqa: E731  (as it is when it is called)
         self.layout, replica = make_layout(config, self.policy, self.weights, ranks)
         self.phases = Phases(device, self._enter)
         if train.prompts_per_update % ranks.count:
@@ -105,7 +104,9 @@ class Trainer:
         if rollout.sampling == "trajectories":
             self.sampling = TrajectorySampling(*shared)
         else:
-            engine = CompletionEngine(config, self.policy, self.sigmas, say, replica)
+            engine = CompletionEngine(
+                config, self.policy, self.sigmas, lambda text: self.on_message(text), replica
+            )
             self.sampling = SingularSampling(*shared, engine)
         self.average = None
         if train.ema is not None:
@@ -134,7 +135,8 @@ class Trainer:
         """One update of the policy. Returns its metrics row.
 
         Where memory runs out before the weights have moved, the batches become smaller and the
-        update is made again. A loss or gradient that is not finite moves nothing and is counted.
+        update is made again; of several ranks with whole weights, in their draws alone. A loss or
+        gradient that is not finite moves nothing and is counted.
 
         Raises Interrupted when asked to stop, TrainingError when every reward failed or memory does
         not suffice; either way weights and optimizer are untouched.
@@ -341,7 +343,7 @@ class Trainer:
         self.improver.optimizer.zero_grad(set_to_none=True)
         phase, sampling = self.phases.name, self.sampling
         if self.ranks.count > 1 and (self.layout.sharded or phase == "update"):
-            refuse(phase, f"{reason}; with several ranks rollout.branch_batch is to be chosen")
+            refuse(phase, f"{reason}; ranks that wait for one another cannot make it again")
         which = "update_batch" if phase in sampling.update_phases else "branch_batch"
         rows = getattr(sampling, which)
         if self.midway or rows == 1:

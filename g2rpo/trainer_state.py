@@ -52,6 +52,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     trainer.improver.optimizer.load_state_dict(state["optimizer"])
     for name in STATE:
         setattr(trainer, name, state[name])
+    # Smaller where memory ran out; and among more ranks than before fewer rows.
     for key, name in BATCHES.items():
         setattr(trainer.sampling, name, min(state[key], getattr(trainer.sampling, name)))
     if hasattr(trainer.model, "load_state_dict"):

@@ -36,8 +36,7 @@ class LostRank(TrainingError):
 class Ranks:
     """`rank` of `count` processes, `per_node` of them on this machine.
 
-    device: of the tensors that `sum_` and FSDP move. watch: None for a process alone. launch: what
-    torchrun remembers when it starts the ranks again.
+    watch: None for a process alone. launch: what torchrun remembers when it starts the ranks again.
     Every method is to be called by all ranks, in the same order.
     """
 
